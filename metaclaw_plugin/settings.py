@@ -1,0 +1,234 @@
+"""All settings of gateway and worker: the section ``metaclaw:`` of the LiteLLM config file.
+
+``metaclaw.trainer`` is read and checked by the trainer itself, which shares no code with this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from metaclaw_hooks.types import Mode
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from metaclaw_plugin.errors import ConfigError
+
+CONFIG_ENV = "METACLAW_CONFIG"  # path of the config file, for processes that LiteLLM starts
+HOME_ENV = "METACLAW_HOME"
+
+
+def default_home() -> Path:
+    """``$METACLAW_HOME``, else ``~/.metaclaw``."""
+    return Path(os.environ.get(HOME_ENV) or "~/.metaclaw").expanduser()
+
+
+class Section(BaseModel):
+    """Root of all sections: unknown names are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GatewaySettings(Section):
+    """The LiteLLM proxy with our callback."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs keys on every agent.")
+    port: int = Field(4000, ge=1, le=65535, description="Port of the gateway.")
+    workers: int = Field(1, ge=1, le=64, description="Gateway processes.")
+    commit_timeout: float = Field(2.0, gt=0, description="Seconds that an answer's last byte waits for its trace to be stored.")
+
+
+class StoreSettings(Section):
+    """Where traces, agents, rewards and routes are kept."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL; unset: SQLite in METACLAW_HOME.")
+
+
+class SessionSettings(Section):
+    """How requests become conversations."""
+
+    idle_timeout: float = Field(1800.0, gt=0, description="Seconds without a request after which a session is closed.")
+    held_out_one_in: int = Field(10, ge=0, description="One session in so many is held out for replays; 0: none.")
+
+
+class CaptureSettings(Section):
+    """What is kept of an exchange, and when it may be trained on."""
+
+    min_temperature: float = Field(0.5, ge=0, description="Below this sampling temperature a trace is not trainable.")
+    max_temperature: float = Field(1.2, gt=0, description="Above this sampling temperature a trace is not trainable.")
+    min_top_p: float = Field(0.9, gt=0, le=1, description="Below this top_p a trace is not trainable.")
+
+
+class SkillSettings(Section):
+    """Skill library, retrieval and injection."""
+
+    path: Path | None = Field(None, description="Folder of skills; unset: skills/ in METACLAW_HOME.")
+
+
+class RewardSettings(Section):
+    """Built-in rewards and how opinions are combined."""
+
+
+class HookSettings(Section):
+    """Plugins of the owner's own."""
+
+    path: Path | None = Field(None, description="Folder of plain .py plugin files; unset: hooks/ in METACLAW_HOME.")
+    timeout: float = Field(30.0, gt=0, description="Seconds after which one hook call counts as no opinion.")
+
+
+class WorkerSettings(Section):
+    """The process that scores, forwards and publishes."""
+
+    poll_interval: float = Field(0.5, gt=0, description="Seconds between looks for work when there is none.")
+
+
+class PublishSettings(Section):
+    """When a new adapter version may serve."""
+
+    policy: Literal["always", "not_worse", "better"] = Field("not_worse", description="What a candidate must show.")
+
+
+class VllmSettings(Section):
+    """The sampler: one that `metaclaw vllm` starts, or that already runs."""
+
+    url: str = Field("http://127.0.0.1:8000", description="Root URL of vLLM, without /v1.")
+    managed: bool = Field(True, description="`metaclaw start` starts vLLM itself.")
+    dtype: str = Field("auto", description="Weight type of the served model; match the trainer's.")
+    max_model_len: int | None = Field(None, ge=16, description="Context length; unset: the model's own.")
+    max_lora_rank: int = Field(32, ge=1, description="Largest adapter rank that can be served.")
+    max_loras: int = Field(4, ge=1, description="Adapters that one batch may mix.")
+    max_cpu_loras: int = Field(32, ge=1, description="Adapters held ready in memory.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for the KV cache on a machine without a GPU.")
+    cpu_cores: str | None = Field(None, description="Cores for vLLM on a machine without a GPU, such as 0-1; unset: all.")
+    devices: str | None = Field(None, description="GPUs for vLLM, such as 0,1; given to it when it starts.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over.")
+    extra_args: list[str] = Field(default_factory=list, description="Further arguments, passed to vLLM as they are.")
+
+
+class RlSettings(Section):
+    """Where the trainer is (the seed's names)."""
+
+    enabled: bool = Field(True, description="False: no trainer; skills only.")
+    backend: Literal["local", "remote"] = Field("local", description="local: on this machine; remote: at remote_url.")
+    remote_url: str = Field("http://127.0.0.1:4010", description="Root URL of the trainer.")
+    remote_api_key: str | None = Field(None, description="Bearer key of the trainer; os.environ/NAME reads a variable.")
+
+    @field_validator("remote_api_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
+
+
+class Settings(Section):
+    """The section ``metaclaw:`` of the config file."""
+
+    home: Path = Field(default_factory=default_home, description="Where data is kept; METACLAW_HOME, else ~/.metaclaw.")
+    mode: Mode = Field(Mode.RL, description="Mode of agents that set none: off, skills_only, rl or auto.")
+    base_model: str | None = Field(None, description="Folder or hub name of the model that vLLM serves and the trainer adapts.")
+    gateway: GatewaySettings = GatewaySettings()
+    store: StoreSettings = StoreSettings()
+    sessions: SessionSettings = SessionSettings()
+    capture: CaptureSettings = CaptureSettings()
+    skills: SkillSettings = SkillSettings()
+    rewards: RewardSettings = RewardSettings()
+    hooks: HookSettings = HookSettings()
+    worker: WorkerSettings = WorkerSettings()
+    publish: PublishSettings = PublishSettings()
+    vllm: VllmSettings = VllmSettings()
+    rl: RlSettings = RlSettings()
+    trainer: dict[str, Any] = Field(default_factory=dict, description="Settings of the trainer; see its own reference.")
+
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def store_url(self) -> str:
+        return self.store.url or f"sqlite:///{self.home / 'metaclaw.db'}"
+
+    @property
+    def skills_path(self) -> Path:
+        return (self.skills.path or self.home / "skills").expanduser()
+
+    @property
+    def hooks_path(self) -> Path:
+        return (self.hooks.path or self.home / "hooks").expanduser()
+
+
+def resolve_secret(value: str | None) -> str | None:
+    """``os.environ/NAME`` -> the variable's value, as LiteLLM writes it; anything else as it is.
+
+    Raises:
+        ValueError: if the variable is not set.
+    """
+    if value is None or not value.startswith("os.environ/"):
+        return value
+    name = value.removeprefix("os.environ/")
+    if name not in os.environ:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ[name]
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read the section ``metaclaw:`` of ``path`` (else of ``$METACLAW_CONFIG``; neither: all defaults).
+
+    Raises:
+        ConfigError: if the file cannot be read, or a setting is unknown or of the wrong type.
+    """
+    if path is None and os.environ.get(CONFIG_ENV):
+        path = Path(os.environ[CONFIG_ENV])
+    if path is None:
+        return Settings()
+    return parse_settings(read_config(path).get("metaclaw") or {}, str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The whole config file as a mapping.
+
+    Raises:
+        ConfigError: if it is missing, unreadable, or no YAML mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; give its path with --config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no YAML mapping; start from litellm_config.yaml")
+    return data
+
+
+def parse_settings(data: Any, source: str) -> Settings:
+    """Validate the section; ``source`` is named in errors.
+
+    Raises:
+        ConfigError: one line for each wrong setting, with the nearest right name for an unknown one.
+    """
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = ".".join(str(part) for part in ("metaclaw", *location))
+    if kind != "extra_forbidden":
+        return f"setting {name}: {message}"
+    section: type[BaseModel] = Settings
+    for part in location[:-1]:
+        inner = section.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return f"unknown setting {name}"
+        section = inner
+    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"
+    return f"unknown setting {name}{hint}"
