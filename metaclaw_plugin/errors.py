@@ -33,3 +33,27 @@ class TrainerUnavailableError(MetaclawError, ConnectionError):
 
 class ProcessError(MetaclawError):
     """A process could not be started, or died."""
+
+
+class UnknownVersionError(MetaclawError, LookupError):
+    """No adapter version of that name."""
+
+
+class VersionStateError(MetaclawError):
+    """An adapter version cannot go from the state that it is in to the one asked for."""
+
+
+class UnknownKeyError(MetaclawError, LookupError):
+    """No key of that id."""
+
+
+class UnknownTraceError(MetaclawError, LookupError):
+    """No trace of that id, or none that this caller may see."""
+
+
+class UnknownSessionError(MetaclawError, LookupError):
+    """No session of that id, or none that this caller may see."""
+
+
+class ForbiddenAgentError(MetaclawError, PermissionError):
+    """The key does not act for the agent that the request names."""

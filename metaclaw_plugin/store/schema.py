@@ -57,10 +57,22 @@ sessions = sa.Table(
     sa.Column("held_out", sa.Boolean, nullable=False),
     sa.Column("turns", sa.Integer, nullable=False, server_default="0"),
     sa.Column("exchanges", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),  # of the client's own counting; a raised one ends it
+    sa.Column("anchor", sa.String(64)),  # chain hash up to the human message that is being answered
     sa.Column("adapter_version", sa.Integer),  # of the exchange in progress
     sa.Column("without_skills", sa.JSON, nullable=False),  # left out on purpose, to measure them
     sa.Index("ix_sessions_evidence", "agent", "evidence_key"),
     sa.Index("ix_sessions_open", "closed_at", "last_at"),
+    # One open session for one piece of evidence, whoever comes first.
+    sa.Index(
+        "ux_sessions_one_open",
+        "agent",
+        "evidence_key",
+        "epoch",
+        unique=True,
+        sqlite_where=sa.text("closed_at IS NULL"),
+        postgresql_where=sa.text("closed_at IS NULL"),
+    ),
 )
 
 # Where a conversation can go on: the hash of its messages so far, for requests without other evidence.
@@ -69,7 +81,8 @@ chain = sa.Table(
     metadata,
     sa.Column("agent", sa.String(63), primary_key=True),
     sa.Column("hash", sa.String(64), primary_key=True),
-    sa.Column("session", sa.String(64), nullable=False),
+    sa.Column("session", sa.String(64), primary_key=True),
+    sa.Column("tip", sa.Boolean, nullable=False),  # the session's newest answer ends here
     sa.Column("at", sa.Float, nullable=False),
     sa.Index("ix_chain_session", "session"),
 )
@@ -166,6 +179,9 @@ adapters = sa.Table(
     sa.Column("manifest", sa.JSON, nullable=False),  # wire.VersionBody
     sa.Column("decision", sa.JSON),  # the gate's figures and sentence
     sa.Column("decided_at", sa.Float),
+    sa.Column("wish", sa.String(16)),  # the owner's word, still to be carried out: serve, or withdraw when drained
+    sa.Column("announced_at", sa.Float),  # adapter_published was called
+    sa.Column("problem", sa.Text),  # why it could not be loaded, while that lasts
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Index("ix_adapters_state", "state", "agent"),
 )
@@ -177,6 +193,7 @@ routes = sa.Table(
     sa.Column("agent", sa.String(63), primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("changed_at", sa.Float, nullable=False),
+    sa.Column("head", sa.Integer),  # version that the trainer must be told to go on from; null: nothing to tell
 )
 
 # Requests that each gateway process has in flight, so that a version is unloaded only when its last one ended.
@@ -187,7 +204,7 @@ in_flight = sa.Table(
     sa.Column("agent", sa.String(63), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("requests", sa.Integer, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),  # heartbeat: a row that is too old is of a dead process
+    sa.Column("at", sa.Float, nullable=False),  # heartbeat, rising per process: one that stands still is of a dead process
 )
 
 # Things counted across processes: lost traces, failed hooks, refused samples.

@@ -1,0 +1,250 @@
+"""Adapter versions, the routes that point at them, and what is in flight on each.
+
+Every function takes an open connection and never commits. A version is *held* while its state is candidate or serving:
+the trainer is asked to keep it loaded. Of an agent's serving versions one is on the route, and the others drain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from metaclaw_hooks.names import version_name
+from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, VersionState
+from metaclaw_hooks.wire import VersionBody
+
+from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
+from metaclaw_plugin.store.schema import adapters, in_flight, routes, sessions
+
+LEGAL = {  # every move a version may make; "promote" brings back what was retired or rejected, by way of candidate
+    VersionState.CANDIDATE: {VersionState.SERVING, VersionState.REJECTED, VersionState.RETIRED},
+    VersionState.SERVING: {VersionState.RETIRED, VersionState.REJECTED},
+    VersionState.RETIRED: {VersionState.CANDIDATE},
+    VersionState.REJECTED: {VersionState.CANDIDATE},
+}
+
+WISH_SERVE = "serve"
+WISH_WITHDRAW = "withdraw"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """A version and what the worker decided about it."""
+
+    version: AdapterVersion
+    decision: Mapping[str, Any] | None  # "sentence" and the gate's figures
+    decided_at: float | None
+    wish: str | None  # WISH_SERVE, WISH_WITHDRAW or nothing
+    announced_at: float | None
+    problem: str | None  # why it could not be loaded
+    routed: bool  # answers new exchanges
+
+    @property
+    def draining(self) -> bool:
+        """Serving, but only what began on it."""
+        return self.version.state is VersionState.SERVING and not self.routed
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRow:
+    """Where an agent's new exchanges go."""
+
+    agent: str
+    version: int  # 0: the base model
+    changed_at: float
+    head: int | None  # what the trainer has still to be told to train on from
+
+
+def record_candidate(c: sa.Connection, body: VersionBody) -> bool:
+    """Enter a version of the trainer's as a candidate; False if it is known already."""
+    if _row(c, body.agent, body.number) is not None:
+        return False
+    c.execute(
+        adapters.insert().values(
+            agent=body.agent,
+            number=body.number,
+            state=VersionState.CANDIDATE.value,
+            manifest=body.model_dump(mode="json"),
+            created_at=body.created_at,
+        )
+    )
+    return True
+
+
+def get_version(c: sa.Connection, agent: str, number: int) -> VersionRecord:
+    """One version.
+
+    Raises:
+        UnknownVersionError: if the agent has none of that number.
+    """
+    found = list_versions(c, agent, number=number)
+    if not found:
+        raise UnknownVersionError(
+            f"agent {agent!r} has no adapter version {number}; `metaclaw adapters list` shows all"
+        )
+    return found[0]
+
+
+def list_versions(
+    c: sa.Connection,
+    agent: str | None = None,
+    *,
+    states: Sequence[VersionState] | None = None,
+    number: int | None = None,
+) -> list[VersionRecord]:
+    """Versions by agent and ascending number, of these states if any are given."""
+    query = (
+        sa.select(adapters, routes.c.version.label("route"))
+        .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
+        .order_by(adapters.c.agent, adapters.c.number)
+    )
+    if agent is not None:
+        query = query.where(adapters.c.agent == agent)
+    if number is not None:
+        query = query.where(adapters.c.number == number)
+    if states is not None:
+        query = query.where(adapters.c.state.in_([state.value for state in states]))
+    return [_record(row) for row in c.execute(query)]
+
+
+def set_state(
+    c: sa.Connection, agent: str, number: int, state: VersionState, decision: Mapping[str, Any] | None = None
+) -> None:
+    """Move a version on; ``decision`` is stored when given.
+
+    Raises:
+        UnknownVersionError: if there is no such version.
+        VersionStateError: if that move is not in ``LEGAL``.
+    """
+    row = _row(c, agent, number, lock=True)
+    if row is None:
+        raise UnknownVersionError(
+            f"agent {agent!r} has no adapter version {number}; `metaclaw adapters list` shows all"
+        )
+    now = VersionState(row.state)
+    if state is not now and state not in LEGAL[now]:
+        raise VersionStateError(f"{version_name(agent, number)} is {now}, and cannot become {state} from there")
+    values: dict[str, Any] = {"state": state.value}
+    if decision is not None:
+        values |= {"decision": dict(decision), "decided_at": time.time()}
+    update_version(c, agent, number, **values)
+
+
+def update_version(c: sa.Connection, agent: str, number: int, **values: Any) -> None:
+    """Set columns of one version."""
+    key = (adapters.c.agent == agent) & (adapters.c.number == number)
+    c.execute(adapters.update().where(key).values(**values))
+
+
+def get_route(c: sa.Connection, agent: str) -> RouteRow:
+    """The agent's route; without a row: the base model."""
+    row = c.execute(sa.select(routes).where(routes.c.agent == agent)).first()
+    return RouteRow(agent, BASE_VERSION, 0.0, None) if row is None else RouteRow(*_route_values(row))
+
+
+def list_routes(c: sa.Connection) -> list[RouteRow]:
+    """All routes that were ever set."""
+    return [RouteRow(*_route_values(row)) for row in c.execute(sa.select(routes).order_by(routes.c.agent))]
+
+
+def set_route(c: sa.Connection, agent: str, version: int, *, head: int | None = None) -> None:
+    """Send new exchanges of ``agent`` to ``version`` (0: the base model); ``head`` as in ``RouteRow``, None leaves it.
+
+    Raises:
+        UnknownVersionError: if there is no such version.
+        VersionStateError: if the version is not serving.
+    """
+    if version != BASE_VERSION:
+        row = _row(c, agent, version, lock=True)
+        if row is None:
+            raise UnknownVersionError(f"agent {agent!r} has no adapter version {version} to route to")
+        if row.state != VersionState.SERVING.value:
+            raise VersionStateError(
+                f"{version_name(agent, version)} is {row.state}: only a serving version takes requests"
+            )
+    _put_route(c, agent, {"version": version, "changed_at": time.time()} | ({} if head is None else {"head": head}))
+
+
+def set_head(c: sa.Connection, agent: str, head: int | None) -> None:
+    """Note what the trainer must be told to train on from; None: it was told."""
+    if head is None:
+        c.execute(routes.update().where(routes.c.agent == agent).values(head=None))
+    elif c.execute(routes.update().where(routes.c.agent == agent).values(head=head)).rowcount == 0:
+        _put_route(c, agent, {"version": BASE_VERSION, "changed_at": time.time(), "head": head})
+
+
+def served_set(c: sa.Connection) -> list[str]:
+    """Names of all versions that vLLM shall hold: the serving ones, and of each agent's candidates those in question.
+
+    A candidate is in question when the owner wished for it, or when it is its agent's newest; others are passed over.
+    """
+    newest: dict[str, int] = {}
+    held = list_versions(c, states=(VersionState.CANDIDATE, VersionState.SERVING))
+    for record in held:
+        newest[record.version.agent] = record.version.number
+    return [
+        record.version.name
+        for record in held
+        if record.version.state is VersionState.SERVING
+        or record.wish == WISH_SERVE
+        or newest[record.version.agent] == record.version.number
+    ]
+
+
+def retire_if_drained(c: sa.Connection, agent: str, number: int, *, dead: Sequence[str], open_since: float) -> bool:
+    """Retire a draining version (reject it, if its owner withdrew it) if nothing can need it; whether it was done.
+
+    Nothing needs it when no process, but those that are ``dead``, has a request on it, and no exchange that was active
+    after ``open_since`` is pinned to it. Its row is locked, as ``pick_route`` locks it, so no request begins meanwhile
+    (``c`` must be of ``engine.begin()``).
+    """
+    row = _row(c, agent, number, lock=True)
+    if row is None or row.state != VersionState.SERVING.value or get_route(c, agent).version == number:
+        return False
+    alive = in_flight.c.process.not_in(dead)
+    mine = sa.and_(in_flight.c.agent == agent, in_flight.c.version == number, alive)
+    busy = c.scalar(sa.select(sa.func.count()).select_from(in_flight).where(mine))
+    pinned = c.scalar(
+        sa.select(sa.func.count())
+        .select_from(sessions)
+        .where(
+            sessions.c.agent == agent,
+            sessions.c.adapter_version == number,
+            sessions.c.closed_at.is_(None),
+            sessions.c.last_at > open_since,
+        )
+    )
+    if busy or pinned:
+        return False
+    end = VersionState.REJECTED if row.wish == WISH_WITHDRAW else VersionState.RETIRED
+    update_version(c, agent, number, state=end.value, wish=None, problem=None)
+    return True
+
+
+def _row(c: sa.Connection, agent: str, number: int, *, lock: bool = False) -> sa.Row[Any] | None:
+    query = sa.select(adapters).where(adapters.c.agent == agent, adapters.c.number == number)
+    return c.execute(query.with_for_update() if lock else query).first()
+
+
+def _put_route(c: sa.Connection, agent: str, values: Mapping[str, Any]) -> None:
+    if c.execute(routes.update().where(routes.c.agent == agent).values(**values)).rowcount == 0:
+        c.execute(routes.insert().values(agent=agent, **values))
+
+
+def _route_values(row: sa.Row[Any]) -> tuple[str, int, float, int | None]:
+    return row.agent, row.version, row.changed_at, row.head
+
+
+def _record(row: sa.Row[Any]) -> VersionRecord:
+    return VersionRecord(
+        version=VersionBody.model_validate(row.manifest).version(VersionState(row.state)),
+        decision=row.decision,
+        decided_at=row.decided_at,
+        wish=row.wish,
+        announced_at=row.announced_at,
+        problem=row.problem,
+        routed=row.route == row.number,
+    )
