@@ -1,15 +1,39 @@
-"""One way to open the store."""
+"""One way to open the store, and two ways to use it.
+
+``with engine.begin() as c:`` writes: on SQLite it takes the write lock at once (``BEGIN IMMEDIATE``), so that what is
+read in it still holds when it writes. ``with engine.connect() as c:`` reads a consistent snapshot and locks nobody out;
+do not write through it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.store.schema import metadata
+
+_WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
+_SET_UP_LOCK = 0x6D657461  # advisory lock that keeps two processes from creating tables at once
+
+
+class StoreEngine(Engine):
+    """An engine whose ``begin()`` announces that its transaction will write."""
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction that writes; committed at the end of the block, rolled back when it raises."""
+        with self.connect() as plain:
+            connection = plain.execution_options(**{_WRITES: True})
+            with connection.begin():
+                yield connection
 
 
 def open_store(url: str) -> Engine:
@@ -20,21 +44,58 @@ def open_store(url: str) -> Engine:
     Raises:
         StoreError: if the database cannot be opened.
     """
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", _configure_sqlite)
-        metadata.create_all(engine, checkfirst=True)
-    except (SQLAlchemyError, OSError) as error:
-        raise StoreError(f"cannot open the store {parsed.render_as_string(hide_password=True)}: {error}") from error
+        parsed = sa.make_url(url)
+        if parsed.drivername in {"postgresql", "postgres"}:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        plain = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+    except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
+        raise StoreError(f"cannot open the store {_shown(url)}: {error}; check metaclaw.store.url") from error
+    engine = StoreEngine(plain.pool, plain.dialect, plain.url, hide_parameters=True)
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(plain, "connect", _configure_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    try:
+        with engine.begin() as c:
+            if engine.dialect.name == "postgresql":
+                c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
+            metadata.create_all(c, checkfirst=True)
+    except SQLAlchemyError as error:
+        raise StoreError(f"cannot open the store {_shown(url)}: {error}") from error
     return engine
 
 
-def _configure_sqlite(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]
+def insert_or_ignore(c: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Insert ``rows``; those whose key is taken are left as they are. Returns how many were new."""
+    inserted = 0
+    for row in rows:
+        statement = dialect_insert(c, table).values(**row).on_conflict_do_nothing()
+        inserted += c.execute(statement).rowcount
+    return inserted
+
+
+def dialect_insert(c: Connection, table: sa.Table) -> Any:
+    """An INSERT that knows ``on_conflict_do_update`` and ``on_conflict_do_nothing``, which both databases have."""
+    return postgresql.insert(table) if c.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def _shown(url: str) -> str:
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "(not a database URL)"
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver starts no transaction of its own; _begin_sqlite does
+    cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

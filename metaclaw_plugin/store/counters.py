@@ -1,0 +1,40 @@
+"""Things counted across processes: lost traces, failed hooks, refused samples."""
+
+from __future__ import annotations
+
+import time
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.schema import counters
+
+LABEL_LENGTH = 200
+
+
+def count(c: Connection, name: str, label: str = "", n: int = 1) -> None:
+    """Add ``n`` (negative: take away) to the counter ``name`` for ``label``: an agent, a plugin or a reason.
+
+    Labels are cut to 200 characters.
+    """
+    label = label[:LABEL_LENGTH]
+    now = time.time()
+    statement = dialect_insert(c, counters).values(name=name, label=label, value=n, at=now)
+    c.execute(
+        statement.on_conflict_do_update(
+            index_elements=[counters.c.name, counters.c.label],
+            set_={"value": counters.c.value + n, "at": now},
+        )
+    )
+
+
+def read_counters(c: Connection, name: str | None = None) -> dict[str, dict[str, int]]:
+    """Counter name -> label -> value; only ``name`` if given."""
+    query = sa.select(counters.c.name, counters.c.label, counters.c.value).order_by(counters.c.name, counters.c.label)
+    if name is not None:
+        query = query.where(counters.c.name == name)
+    found: dict[str, dict[str, int]] = {}
+    for row in c.execute(query):
+        found.setdefault(row.name, {})[row.label] = row.value
+    return found
