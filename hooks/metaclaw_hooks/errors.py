@@ -21,3 +21,11 @@ class InvalidSampleError(HooksError, ValueError):
 
 class PluginLoadError(HooksError, ImportError):
     """A plugin that could not be imported or registered; the others are loaded all the same."""
+
+
+class HookFailedError(HooksError):
+    """One call of one plugin's hook failed: it raised, ran out of time, or returned what the hook may not return."""
+
+
+class UnknownHookError(HooksError, LookupError):
+    """A call of a hook that the seam does not have."""

@@ -62,7 +62,7 @@ def compute_advantages(batch: Sequence[Sample]) -> Sequence[Sequence[float]] | N
 
 
 @hookspec
-def register_losses() -> Mapping[str, Any]:
+def register_losses() -> Mapping[str, Any] | None:
     """Contribute loss functions by name, each with the signature of ``metaclaw_trainer.losses``."""
 
 

@@ -169,7 +169,7 @@ class Reward:
             raise InvalidRewardError("a reward needs a source: the name of whoever gives it")
         for label, number, low in (("value", self.value, -1.0), ("confidence", self.confidence, 0.0)):
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-                raise InvalidRewardError(f"{label} of the reward from {self.source!r} is {number!r}, not a finite number")
+                raise InvalidRewardError(f"{label} {number!r} of the reward from {self.source!r} is no finite number")
             if not low <= number <= 1.0:
                 raise InvalidRewardError(f"{label} {number} of the reward from {self.source!r} is outside [{low:g}, 1]")
 
