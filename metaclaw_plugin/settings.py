@@ -52,6 +52,10 @@ class SessionSettings(Section):
 
     idle_timeout: float = Field(1800.0, gt=0, description="Seconds without a request after which a session is closed.")
     held_out_one_in: int = Field(10, ge=0, description="One session in so many is held out for replays; 0: none.")
+    side_phrases: list[str] = Field(
+        default_factory=list,
+        description="A request whose system prompt or newest human message holds one of these is a side call.",
+    )
 
 
 class CaptureSettings(Section):
@@ -108,9 +112,9 @@ class PublishSettings(Section):
 class WindowSettings(Section):
     """When agents in mode auto may train: while any of these windows is open; none given: never."""
 
-    hours: list[str] = Field(default_factory=list, description="Daily hours such as 23:00-07:00, across midnight or not.")
-    time_zone: str | None = Field(None, description="IANA zone of the hours, such as Europe/Berlin; unset: this machine's.")
-    idle_after: float | None = Field(None, gt=0, description="Seconds without a request after which training may start.")
+    hours: list[str] = Field(default_factory=list, description="Daily hours, such as 23:00-07:00.")
+    time_zone: str | None = Field(None, description="Zone of the hours, such as Europe/Berlin; unset: this machine's.")
+    idle_after: float | None = Field(None, gt=0, description="Seconds without a request that open a window.")
     idle_scope: Literal["agent", "all"] = Field("agent", description="Whose requests count: the agent's own, or all.")
 
 

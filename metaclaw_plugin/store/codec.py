@@ -134,7 +134,7 @@ def decode_logprobs(data: bytes | None) -> tuple[float, ...] | None:
 
 
 def short_text(value: str | None, length: int) -> str | None:
-    """``value`` as every database takes it in a text column: no NUL, no half surrogate pair, at most ``length`` long."""
+    """``value`` as any database takes it in a text column: no NUL, no half surrogate pair, at most ``length`` long."""
     if value is None:
         return None
     return value[:length].replace("\x00", "").encode("utf-8", "replace").decode("utf-8")

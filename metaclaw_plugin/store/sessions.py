@@ -1,0 +1,220 @@
+"""Sessions and the states at which they can go on. Every gateway process works on these rows and keeps none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from metaclaw_plugin.errors import StoreError, UnknownSessionError
+from metaclaw_plugin.store import schema
+from metaclaw_plugin.store.engine import dialect_insert, insert_or_ignore
+
+_S = schema.sessions.c
+_OPEN = _S.closed_at.is_(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What told a session apart."""
+
+    name: str  # "x-session-id", "runtime", "chain" ...
+    value: str
+    epoch: int = 0  # the client's own count; a raised one ends the session
+
+    @property
+    def key(self) -> str:
+        """sha256 of name and value, hex."""
+        return hashlib.sha256(f"{self.name}\0{self.value}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in its session a request stands."""
+
+    session: str
+    held_out: bool
+    turn: int
+    exchange: int
+    new_exchange: bool
+    adapter_version: int | None  # that the exchange in progress is pinned to
+
+
+def find_or_open(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str:
+    """Id of the open session that ``evidence`` names; a new one if there is none, or the client raised its epoch."""
+    mine = (_S.agent == agent, _S.evidence_key == evidence.key, _OPEN)
+    raised = sa.select(_S.id).where(*mine, _S.epoch < evidence.epoch)
+    for stale in c.execute(raised).scalars().all():
+        close_session(c, stale, "epoch", now)
+    find = sa.select(_S.id).where(*mine, _S.epoch == evidence.epoch)
+    for _ in range(2):  # the second time round, another process opened it in between
+        found = c.execute(find).scalar_one_or_none()
+        if found is not None:
+            return str(found)
+        opened = open_session(c, agent, evidence, now, one_in)
+        if opened is not None:
+            return opened
+    return str(c.execute(find).scalar_one())
+
+
+def open_session(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str | None:
+    """Open a session; ``None`` if another process opened one on the same evidence. One in ``one_in`` is held out."""
+    return _insert(c, secrets.token_hex(12), agent, evidence, now, one_in)
+
+
+def open_unnamed(c: Connection, agent: str, name: str, now: float, one_in: int) -> str:
+    """Open a session that nothing but its conversation tells apart. A side call's is closed at once."""
+    session = secrets.token_hex(12)
+    if _insert(c, session, agent, Evidence(name, session), now, one_in) is None:
+        raise StoreError(f"session id {session} was drawn twice; try again")
+    if name == "side":
+        close_session(c, session, "side", now)
+    return session
+
+
+def _insert(c: Connection, session: str, agent: str, evidence: Evidence, now: float, one_in: int) -> str | None:
+    row = {
+        "id": session,
+        "agent": agent,
+        "evidence": evidence.name,
+        "evidence_key": evidence.key,
+        "epoch": evidence.epoch,
+        "started_at": now,
+        "last_at": now,
+        "held_out": is_held_out(session, one_in),
+        "without_skills": [],
+    }
+    return session if insert_or_ignore(c, schema.sessions, [row]) else None
+
+
+def is_held_out(session: str, one_in: int) -> bool:
+    """One session in ``one_in``, by the hash of its id; none if that is 0."""
+    return one_in > 0 and int.from_bytes(hashlib.sha256(session.encode()).digest()[:8], "big") % one_in == 0
+
+
+def find_by_chain(c: Connection, agent: str, hashes: Sequence[str]) -> str | None:
+    """The open session of ``agent`` that paused at one of ``hashes``, given longest first.
+
+    Of several, the one whose newest answer ended there, and of these the one that has waited longest: conversations
+    that began with the same words then each go on in a session of their own.
+    """
+    if not hashes:
+        return None
+    k = schema.chain.c
+    query = (
+        sa.select(k.hash, k.session, k.tip, k.at)
+        .join(schema.sessions, _S.id == k.session)
+        .where(k.agent == agent, k.hash.in_(hashes), _OPEN)
+    )
+    order = {digest: place for place, digest in enumerate(hashes)}
+    rows = sorted(c.execute(query), key=lambda row: (order[row.hash], not row.tip, row.at))
+    return str(rows[0].session) if rows else None
+
+
+def find_by_response(c: Connection, agent: str, response_id: str) -> str | None:
+    """The open session in which the agent gave the response ``response_id``."""
+    t = schema.traces.c
+    query = (
+        sa.select(t.session)
+        .join(schema.sessions, _S.id == t.session)
+        .where(t.response_id == response_id, t.agent == agent, _OPEN)
+        .limit(1)
+    )
+    found = c.execute(query).scalar_one_or_none()
+    return None if found is None else str(found)
+
+
+def take_turn(c: Connection, session: str, now: float, anchor: str | None, in_tool_loop: bool) -> Place:
+    """Count one more request of the session.
+
+    ``anchor`` is the hash up to the human message that is being answered (``None``: a side call, which answers none). A
+    new one starts an exchange, except inside a tool loop; a human message that is sent again stays in its exchange, but
+    no longer on the version that this was pinned to.
+    """
+    query = sa.select(schema.sessions).where(_S.id == session).with_for_update()
+    row: Row[Any] = c.execute(query).one()
+    main = anchor is not None
+    goes_on = in_tool_loop and row.exchanges > 0
+    new = main and not goes_on and anchor != row.anchor
+    values: dict[str, Any] = {"turns": row.turns + 1, "last_at": max(now, row.last_at)}
+    if new:
+        values |= {"exchanges": row.exchanges + 1, "anchor": anchor}
+    if main and not goes_on and row.adapter_version is not None:
+        values["adapter_version"] = None
+    c.execute(sa.update(schema.sessions).where(_S.id == session).values(**values))
+    return Place(
+        session=session,
+        held_out=row.held_out,
+        turn=row.turns,
+        exchange=max(row.exchanges + new - 1, 0),
+        new_exchange=new,
+        adapter_version=row.adapter_version if main and goes_on else None,
+    )
+
+
+def add_states(c: Connection, agent: str, session: str, hashes: Sequence[str], now: float) -> None:
+    """The session paused at ``hashes``: one for each choice that was given."""
+    k = schema.chain.c
+    c.execute(sa.update(schema.chain).where(k.session == session, k.tip.is_(True)).values(tip=False))
+    for digest in dict.fromkeys(hashes):
+        row = {"agent": agent, "hash": digest, "session": session, "tip": True, "at": now}
+        statement = dialect_insert(c, schema.chain).values(**row)
+        c.execute(
+            statement.on_conflict_do_update(index_elements=[k.agent, k.hash, k.session], set_={"tip": True, "at": now})
+        )
+    c.execute(sa.update(schema.sessions).where(_S.id == session, _S.last_at < now).values(last_at=now))
+
+
+def close_session(c: Connection, session: str, reason: str, now: float) -> bool:
+    """Close the session; False if it was closed already. Its chain is forgotten: what follows is another session.
+
+    Raises:
+        UnknownSessionError: if there is none.
+    """
+    closing = sa.update(schema.sessions).where(_S.id == session, _OPEN)
+    closed = c.execute(closing.values(closed_at=now, close_reason=reason[:32])).rowcount == 1
+    if not closed and c.execute(sa.select(_S.id).where(_S.id == session)).one_or_none() is None:
+        raise UnknownSessionError(f"no session {session[:80]!r}")
+    c.execute(sa.delete(schema.chain).where(schema.chain.c.session == session))
+    return closed
+
+
+def close_idle(c: Connection, now: float, idle_timeout: float, limit: int = 200) -> list[str]:
+    """Close up to ``limit`` sessions without a request for ``idle_timeout`` seconds; returns their ids."""
+    idle = sa.select(_S.id).where(_OPEN, _S.last_at < now - idle_timeout).order_by(_S.last_at).limit(limit)
+    found = [str(session) for session in c.execute(idle).scalars()]
+    return [session for session in found if close_session(c, session, "idle", now)]
+
+
+def find_session(c: Connection, agents: Sequence[str], name: str) -> str:
+    """Id of the session of one of ``agents`` that ``name`` means: our id, or what the client calls it.
+
+    Raises:
+        UnknownSessionError: if there is none, or it is another agent's.
+    """
+    evidence = ("x-session-id", "x-litellm-session-id", "affinity", "prompt_cache_key", "metadata", "runtime")
+    value, epoch = split_epoch(name)
+    keys = {Evidence(source, text).key for source in evidence for text in (name, value)}
+    query = (
+        sa.select(_S.id)
+        .where(_S.agent.in_(agents), sa.or_(_S.id == name, sa.and_(_S.evidence_key.in_(keys), _OPEN)))
+        .order_by(_S.id != name, sa.func.abs(_S.epoch - epoch), _S.last_at.desc())
+        .limit(1)
+    )
+    found = c.execute(query).scalar_one_or_none()
+    if found is None:
+        raise UnknownSessionError(f"no open session {name[:80]!r} of yours")
+    return str(found)
+
+
+def split_epoch(value: str) -> tuple[str, int]:
+    """``"uuid:3"`` -> ``("uuid", 3)``: OpenClaw counts resets and compactions; without a count, epoch 0."""
+    head, colon, tail = value.rpartition(":")
+    if colon and head and tail.isascii() and tail.isdigit() and len(tail) <= 9:
+        return head, int(tail)
+    return value, 0
