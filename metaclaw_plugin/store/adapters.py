@@ -224,6 +224,18 @@ def retire_if_drained(c: sa.Connection, agent: str, number: int, *, dead: Sequen
     return True
 
 
+def heartbeats(c: sa.Connection) -> dict[str, float]:
+    """The newest stamp of each gateway process that has a request in flight."""
+    newest = sa.func.max(in_flight.c.at).label("stamp")
+    return {row.process: row.stamp for row in c.execute(sa.select(in_flight.c.process, newest).group_by("process"))}
+
+
+def forget_processes(c: sa.Connection, stamps: Mapping[str, float]) -> None:
+    """Remove the rows of dead processes, if their stamps are still these."""
+    for process, stamp in stamps.items():
+        c.execute(in_flight.delete().where(in_flight.c.process == process, in_flight.c.at <= stamp))
+
+
 def _row(c: sa.Connection, agent: str, number: int, *, lock: bool = False) -> sa.Row[Any] | None:
     query = sa.select(adapters).where(adapters.c.agent == agent, adapters.c.number == number)
     return c.execute(query.with_for_update() if lock else query).first()

@@ -1,0 +1,99 @@
+"""When an agent in mode ``auto`` may train: sleep hours, idle time, a calendar.
+
+A window is open when any of the configured ones is. Every function takes the time as an argument (Unix seconds), so a
+whole day can be tried in a test. A window that closes ends training at the next step boundary: the trainer is told that
+the agent may not train, finishes its step, and keeps what is queued.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from metaclaw_plugin.errors import ConfigError
+from metaclaw_plugin.settings import WindowSettings
+
+_HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """When requests came last (Unix seconds); None: never."""
+
+    agent: float | None
+    all: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Whether training may go on, and the reason in one line."""
+
+    open: bool
+    reason: str
+
+
+def window_now(settings: WindowSettings, now: float, activity: Activity) -> Window:
+    """The state of an agent's windows at ``now``.
+
+    Raises:
+        ConfigError: if hours or time zone are not written as they must be.
+    """
+    if not settings.hours and settings.idle_after is None:
+        return Window(False, "mode auto, but no window is configured (metaclaw.windows)")
+    zone = parse_zone(settings.time_zone)
+    for hours in settings.hours:
+        if in_hours(now, hours, zone):
+            return Window(True, f"sleep hours {hours}")
+    if settings.idle_after is not None:
+        last = activity.agent if settings.idle_scope == "agent" else activity.all
+        if is_idle(now, last, settings.idle_after):
+            return Window(True, f"idle for {settings.idle_after:g} s")
+    return Window(False, "outside the windows of mode auto")
+
+
+def in_hours(now: float, hours: str, zone: tzinfo) -> bool:
+    """Whether ``now`` is inside ``hours``, such as "23:00-07:00" local to ``zone``; the end itself is outside.
+
+    Raises:
+        ConfigError: if ``hours`` is not of that form.
+    """
+    start, end = parse_hours(hours)
+    local = datetime.fromtimestamp(now, zone)
+    minute = local.hour * 60 + local.minute
+    return start <= minute < end if start < end else minute >= start or minute < end
+
+
+def parse_hours(hours: str) -> tuple[int, int]:
+    """``"23:00-07:00"`` -> minutes after midnight of start and end.
+
+    Raises:
+        ConfigError: if it is not of that form, or start and end are the same.
+    """
+    match = _HOURS.fullmatch(hours)
+    if match is None:
+        raise ConfigError(f"sleep hours {hours!r}: write them as HH:MM-HH:MM, such as 23:00-07:00")
+    first, second, third, fourth = map(int, match.groups())
+    if (first, second) == (third, fourth):
+        raise ConfigError(f"sleep hours {hours!r}: start and end are the same; for all day use mode rl")
+    return first * 60 + second, third * 60 + fourth
+
+
+def parse_zone(name: str | None) -> tzinfo:
+    """An IANA time zone such as ``Europe/Berlin``; None: this machine's own.
+
+    Raises:
+        ConfigError: if there is no such zone.
+    """
+    if name is None:
+        return datetime.now(UTC).astimezone().tzinfo or UTC
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise ConfigError(f"time zone {name!r} is not known; use a name such as Europe/Berlin or UTC") from error
+
+
+def is_idle(now: float, last_activity: float | None, idle_after: float) -> bool:
+    """Whether nothing was asked for ``idle_after`` seconds; an agent that was never asked anything is idle."""
+    return last_activity is None or now - last_activity >= idle_after
