@@ -121,5 +121,5 @@ class Supervisor:
 
     def _save(self, failure: str | None = None) -> None:
         services = tuple(child.state for child in self.children)
-        self._state = replace(self._state, services=services, failure=failure)
+        self._state = replace(self._state, services=services, failure=failure or self._state.failure)
         self.home.write(self._state)

@@ -1,0 +1,32 @@
+# Two commands are all that is needed: `make demo` and `make test`. Both set up what they need, once.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: help setup models demo test lint clean
+
+help:
+	@echo "make demo    set up, then two agents learn opposite styles by being talked to (about 20 minutes on 2 cores)"
+	@echo "make test    set up, then style, types and all tests"
+	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
+	@echo "make lint    style and types alone"
+	@echo "make clean   remove the virtual environment, caches and runs"
+
+setup:
+	@$(PYTHON) scripts/setup.py --venv $(VENV)
+
+models: setup
+	@$(BIN)/python -m demo.models
+
+demo: models
+	@$(BIN)/python -m demo $(DEMO_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: models lint
+	$(BIN)/pytest -q $(TEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs
