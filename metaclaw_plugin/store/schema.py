@@ -57,7 +57,9 @@ sessions = sa.Table(
     sa.Column("held_out", sa.Boolean, nullable=False),
     sa.Column("turns", sa.Integer, nullable=False, server_default="0"),
     sa.Column("exchanges", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),  # of the client's own counting; a raised one ends it
+    sa.Column(
+        "epoch", sa.Integer, nullable=False, server_default="0"
+    ),  # of the client's own counting; a raised one ends it
     sa.Column("anchor", sa.String(64)),  # chain hash up to the human message that is being answered
     sa.Column("adapter_version", sa.Integer),  # of the exchange in progress
     sa.Column("without_skills", sa.JSON, nullable=False),  # left out on purpose, to measure them
@@ -92,7 +94,9 @@ injections = sa.Table(
     "injections",
     metadata,
     sa.Column("session", sa.String(64), primary_key=True),
-    sa.Column("anchor", sa.String(80), primary_key=True),  # "system", or the hash of the messages up to the one that carries it
+    sa.Column(
+        "anchor", sa.String(80), primary_key=True
+    ),  # "system", or the human message that carries it: hash#occurrence
     sa.Column("block", sa.Text, nullable=False),
     sa.Column("skills", sa.JSON, nullable=False),  # list of [name, version, shared]
     sa.Column("at", sa.Float, nullable=False),
@@ -123,7 +127,9 @@ traces = sa.Table(
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("response_tokens", sa.Integer),
     sa.Column("size", sa.Integer, nullable=False),  # bytes of the body and the token columns
-    sa.Column("body", sa.LargeBinary, nullable=False),  # zlib of JSON: messages, tools, response, sampling, skills, template hash
+    sa.Column(
+        "body", sa.LargeBinary, nullable=False
+    ),  # zlib of JSON: messages, tools, response, sampling, skills, template hash
     sa.Column("prompt_token_ids", sa.LargeBinary),  # little-endian uint32
     sa.Column("response_token_ids", sa.LargeBinary),  # little-endian uint32
     sa.Column("response_logprobs", sa.LargeBinary),  # little-endian float64
@@ -204,7 +210,9 @@ in_flight = sa.Table(
     sa.Column("agent", sa.String(63), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("requests", sa.Integer, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),  # heartbeat, rising per process: one that stands still is of a dead process
+    sa.Column(
+        "at", sa.Float, nullable=False
+    ),  # heartbeat, rising per process: one that stands still is of a dead process
 )
 
 # Things counted across processes: lost traces, failed hooks, refused samples.
@@ -239,4 +247,19 @@ skill_ledger = sa.Table(
     sa.Column("sum_without", sa.Float, nullable=False),
     sa.Column("sumsq_without", sa.Float, nullable=False),
     sa.Column("n_without", sa.Integer, nullable=False),
+)
+
+# Which sessions a skill was relevant in, and whether it was injected or left out on purpose, to measure it.
+skill_exposures = sa.Table(
+    "skill_exposures",
+    metadata,
+    sa.Column("session", sa.String(64), primary_key=True),
+    sa.Column("skill", sa.String(63), primary_key=True),
+    sa.Column("agent", sa.String(63), nullable=False),
+    sa.Column("version", sa.String(12), nullable=False),
+    sa.Column("shared", sa.Boolean, nullable=False),
+    sa.Column("withheld", sa.Boolean, nullable=False),
+    sa.Column("exchange", sa.Integer, nullable=False),  # the first that it was relevant for
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Index("ix_skill_exposures_skill", "agent", "skill"),
 )

@@ -1,0 +1,199 @@
+"""What an agent is shown of its skills, and where (law 7).
+
+The first selection of a session goes to the end of the system prompt. A skill that becomes relevant later enters with
+the newest human message, never before it. Both are kept in the store and put back at the same place, with the same
+bytes, in every later request of the session: otherwise the prompt would no longer extend the one before, and neither
+vLLM's prefix cache nor the merging of samples would have anything to live off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import sqlalchemy as sa
+from metaclaw_hooks.types import Agent, Kind, Mode, SkillRef, message_text
+
+from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN, human_indexes
+from metaclaw_plugin.skills.skill_file import Skill
+from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.schema import injections, skill_exposures
+
+SYSTEM = "system"  # the anchor of the block in the system prompt
+_SYSTEM_ROLES = ("system", "developer")
+_PREAMBLE = "Skills that this assistant has learned. Follow those that fit the request; ignore the others."
+
+Message = Mapping[str, Any]
+
+
+class TurnLike(Protocol):
+    """What of a turn decides about injection."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def exchange(self) -> int: ...
+    @property
+    def new_exchange(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """The messages to send upstream, and what of skills is in them."""
+
+    messages: list[dict[str, Any]]
+    skills: tuple[SkillRef, ...]
+    generation: int  # of the agent's skills, when this was planned
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    anchor: str
+    text: str
+    skills: tuple[SkillRef, ...]
+
+
+def plan_injection(
+    c: sa.Connection,
+    agent: Agent,
+    turn: TurnLike,
+    messages: Sequence[Message],
+    chosen: Sequence[Skill],
+    withheld_share: float = 0.0,
+) -> Injection:
+    """Put back what the session has, add what of ``chosen`` is new, and remember it.
+
+    ``chosen`` counts on a new exchange only: the requests of a tool loop get what the exchange began with. Messages
+    are chat messages as OpenAI defines them and are not changed; those that carry a block are copied.
+    """
+    plain = [dict(message) for message in messages]
+    if turn.kind is Kind.SIDE or agent.mode is Mode.OFF:
+        return Injection(plain, (), agent.skill_generation)
+    places = _places(messages)
+    blocks = _load(c, turn.session)
+    if turn.new_exchange:
+        blocks += _select(c, agent, turn, places, blocks, chosen, withheld_share)
+    present = [block for block in blocks if block.text and block.anchor in places]
+    for block in sorted(present, key=lambda block: -places[block.anchor]):  # -1, which moves the others, comes last
+        _apply(plain, places[block.anchor], block)
+    skills = tuple(dict.fromkeys(ref for block in present for ref in block.skills))
+    return Injection(plain, skills, agent.skill_generation)
+
+
+def render_block(skills: Sequence[Skill]) -> str:
+    """The delimited block that shows ``skills``, in their order."""
+    return "\n\n".join([f"{BLOCK_OPEN}\n{_PREAMBLE}", *(skill.text for skill in skills)]) + f"\n{BLOCK_CLOSE}"
+
+
+def is_withheld(session: str, skill: str, share: float) -> bool:
+    """Whether ``session`` goes without ``skill``: a fixed coin for each pair, so that it holds all session long."""
+    digest = hashlib.sha256(f"withheld\0{session}\0{skill}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _select(
+    c: sa.Connection,
+    agent: Agent,
+    turn: TurnLike,
+    places: Mapping[str, int],
+    blocks: Sequence[_Block],
+    chosen: Sequence[Skill],
+    withheld_share: float,
+) -> list[_Block]:
+    """Decide once for the newest human message what enters with it, and write the decision down, "nothing" too: a
+    message that was sent before without a block may not get one when the request is sent again."""
+    newest = _newest_human(places)
+    if newest is None or newest in {block.anchor for block in blocks}:
+        return []
+    had = {ref.name for block in blocks if block.anchor in places for ref in block.skills}
+    fresh = [skill for skill in chosen if skill.name not in had]
+    shown = [skill for skill in fresh if not is_withheld(turn.session, skill.name, withheld_share)]
+    # The system prompt is open to the session's first exchange alone: later, it is part of a prefix that was sent.
+    opening = turn.exchange == 0 and not blocks
+    text = render_block(shown) if shown else ""
+    refs = tuple(skill.ref for skill in shown)
+    decided = _Block(newest, "", ()) if opening else _Block(newest, text, refs)
+    if not _insert_new(c, injections, _row(turn, decided)):
+        # Another request of this session was first: what it wrote is what the session has.
+        return [block for block in _load(c, turn.session) if block not in blocks]
+    added = [decided]
+    if opening and shown:
+        added.append(_Block(SYSTEM, text, refs))
+        _insert_new(c, injections, _row(turn, added[-1]))
+    _expose(c, agent, turn, fresh, {skill.name for skill in shown})
+    return added
+
+
+def _row(turn: TurnLike, block: _Block) -> dict[str, Any]:
+    return {
+        "session": turn.session,
+        "anchor": block.anchor,
+        "block": block.text,
+        "skills": [[ref.name, ref.version, ref.shared] for ref in block.skills],
+        "at": time.time(),
+    }
+
+
+def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skill], shown: set[str]) -> None:
+    for skill in fresh:
+        row = {
+            "session": turn.session,
+            "skill": skill.name,
+            "agent": agent.name,
+            "version": skill.version,
+            "shared": skill.shared,
+            "withheld": skill.name not in shown,
+            "exchange": turn.exchange,
+            "at": time.time(),
+        }
+        _insert_new(c, skill_exposures, row)
+
+
+def _insert_new(c: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> bool:
+    """Insert unless a row of that key is there; True if it was inserted."""
+    result = c.execute(dialect_insert(c, table).values(**row).on_conflict_do_nothing())
+    return result.rowcount == 1
+
+
+def _load(c: sa.Connection, session: str) -> list[_Block]:
+    t = injections.c
+    rows = c.execute(sa.select(t.anchor, t.block, t.skills).where(t.session == session).order_by(t.at, t.anchor))
+    return [_Block(row.anchor, row.block, tuple(SkillRef(*entry) for entry in row.skills)) for row in rows]
+
+
+def _places(messages: Sequence[Message]) -> dict[str, int]:
+    """Anchor -> index of the message that carries it; -1: a system message has yet to be made."""
+    head = next((i for i, message in enumerate(messages) if message.get("role") in _SYSTEM_ROLES), -1)
+    places = {SYSTEM: head}
+    seen: Counter[str] = Counter()
+    for index in human_indexes(messages):
+        digest = hashlib.sha256(message_text(messages[index]).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+        seen[digest] += 1
+        places[f"{digest}#{seen[digest]}"] = index
+    return places
+
+
+def _newest_human(places: Mapping[str, int]) -> str | None:
+    anchors = [anchor for anchor in places if anchor != SYSTEM]
+    return anchors[-1] if anchors else None
+
+
+def _apply(messages: list[dict[str, Any]], index: int, block: _Block) -> None:
+    """Write the block at the end of its message; index -1: into a system message of its own, in front."""
+    if index < 0:
+        messages.insert(0, {"role": "system", "content": block.text})
+        return
+    message = messages[index]
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        kinds = [part.get("type") for part in content if isinstance(part, Mapping)]
+        kind = "input_text" if "input_text" in kinds else "text"
+        message["content"] = [*content, {"type": kind, "text": block.text}]
+    else:
+        message["content"] = f"{content}\n\n{block.text}" if content else block.text
