@@ -106,8 +106,6 @@ class Publisher:
             for body in bodies:
                 if store.record_candidate(c, body):
                     logger.info("%s@v%d is a candidate", body.agent, body.number)
-            for agent in {body.agent for body in bodies}:
-                _pass_over(c, agent)
 
     async def _tell_heads(self) -> None:
         def pending() -> list[store.RouteRow]:
@@ -144,6 +142,13 @@ class Publisher:
 
     def _wanted(self) -> list[str]:
         with self._ctx.engine.connect() as c:
+            candidates = store.list_versions(c, states=(VersionState.CANDIDATE,))
+            wanted = store.served_set(c)
+        if not candidates:
+            return wanted
+        with self._ctx.engine.begin() as c:
+            for agent in {record.version.agent for record in candidates}:
+                _pass_over(c, agent)
             return store.served_set(c)
 
     def _note_problems(self, failed: Mapping[str, str]) -> None:
@@ -164,11 +169,9 @@ class Publisher:
 
         def candidates() -> list[VersionRecord]:
             with self._ctx.engine.connect() as c:
-                wanted = set(store.served_set(c))
-                found = store.list_versions(c, states=(VersionState.CANDIDATE,))
-            return [record for record in found if record.version.name in wanted & self._held]
+                return store.list_versions(c, states=(VersionState.CANDIDATE,))
 
-        found = await asyncio.to_thread(candidates)
+        found = [record for record in await asyncio.to_thread(candidates) if record.version.name in self._held]
         for record in found:
             decision = await self._decide(record)
             await asyncio.to_thread(self._settle, record, decision)
@@ -243,16 +246,26 @@ class Publisher:
 def _pass_over(c: sa.Connection, agent: str) -> None:
     """Settle the candidates that need no judging: older than the newest, or trained from what was rejected."""
     records = {record.version.number: record for record in store.list_versions(c, agent)}
-    waiting = [r for r in records.values() if r.version.state is VersionState.CANDIDATE and r.wish is None]
-    for record in waiting:
-        parent = records.get(record.version.parent)
-        if parent is not None and parent.version.state is VersionState.REJECTED:
-            decision = Decision(False, f"v{record.version.number}: trained from v{parent.version.number}, rejected", {})
-            store.set_state(c, agent, record.version.number, VersionState.REJECTED, decision.stored())
-            records[record.version.number] = store.get_version(c, agent, record.version.number)
     newest = max(records, default=0)
-    for record in waiting:
-        number = record.version.number
-        if records[number].version.state is VersionState.CANDIDATE and number != newest:
+    for number, record in records.items():
+        if record.version.state is not VersionState.CANDIDATE or record.wish is not None:
+            continue
+        fallen = _rejected_ancestor(records, number)
+        if fallen is not None:
+            decision = Decision(False, f"v{number}: trained from v{fallen}, which was rejected", {})
+            store.set_state(c, agent, number, VersionState.REJECTED, decision.stored())
+        elif number != newest:
             decision = Decision(False, f"v{number}: passed over for the newer v{newest}", {})
             store.set_state(c, agent, number, VersionState.RETIRED, decision.stored())
+
+
+def _rejected_ancestor(records: Mapping[int, VersionRecord], number: int) -> int | None:
+    """The nearest rejected version that ``number`` was trained from, with none that was accepted in between."""
+    parent = records.get(records[number].version.parent)
+    while parent is not None and parent.version.number < number:
+        if parent.version.state is VersionState.REJECTED or parent.wish == store.WISH_WITHDRAW:
+            return parent.version.number
+        if (parent.decision or {}).get("accepted"):
+            return None
+        number, parent = parent.version.number, records.get(parent.version.parent)
+    return None

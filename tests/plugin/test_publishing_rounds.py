@@ -12,11 +12,12 @@ from metaclaw_hooks.types import Kind
 from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import TrainerUnavailableError
+from metaclaw_plugin.errors import TrainerUnavailableError, UnknownVersionError, VersionStateError
 from metaclaw_plugin.gateway.routing import InFlight, pick_route
 from metaclaw_plugin.settings import PublishSettings, Settings
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.worker.heartbeats import HeartbeatWatch
 from metaclaw_plugin.worker.publishing import Publisher
 
@@ -279,3 +280,84 @@ def test_a_process_is_dead_when_its_stamp_stands_still_whatever_the_stamps_say()
     assert watch.dead({"a": 4.0, "b": 9e9}) == ["b"]
     assert watch.dead({"a": 4.0}) == []
     assert watch.dead({"a": 4.0, "b": 9e9}) == []  # seen anew: watched anew
+
+
+async def published(ctx: Context, *numbers: int) -> Publisher:
+    """A publisher that has put these versions in place one after the other."""
+    publisher = Publisher(ctx)
+    for number in numbers:
+        ctx.trainer.make(number)
+        await publisher.round()
+    return publisher
+
+
+async def test_rollback_brings_back_the_version_before_and_trains_on_from_it(ctx: Context) -> None:
+    publisher = await published(ctx, 1, 2)
+    with ctx.engine.begin() as c:
+        assert "as soon as vLLM has loaded it" in rollback(c, "ada")
+    assert route(ctx) == 2  # not one request without a version
+    ctx.trainer.make(3)  # trained from 2: never to serve by itself
+    await publisher.round()
+    await publisher.round()
+    assert (route(ctx), states(ctx)) == (1, {1: "serving", 2: "rejected", 3: "rejected"})
+    assert ctx.trainer.heads == [("ada", 1)]
+    assert ctx.trainer.held == ["ada@v1"]
+    with ctx.engine.begin() as c:
+        rollback(c, "ada")
+    assert route(ctx) == 0  # there was none before: the base model, at once
+    await publisher.round()
+    await publisher.round()
+    assert (states(ctx)[1], ctx.trainer.held, ctx.trainer.heads[-1]) == ("rejected", [], ("ada", 0))
+
+
+async def test_rollback_to_a_version_that_still_drains_takes_effect_at_once(ctx: Context) -> None:
+    publisher, flights = await published(ctx, 1), InFlight(ctx.engine)
+    with ctx.engine.begin() as c:
+        flights.begin(c, "ada", 1)
+    ctx.trainer.make(2)
+    await publisher.round()
+    with ctx.engine.begin() as c:
+        assert rollback(c, "ada") == "ada@v1 serves now"
+    assert route(ctx) == 1
+
+
+async def test_promote_puts_a_rejected_version_in_place_and_rollback_takes_it_back(ctx: Context) -> None:
+    publisher = await published(ctx, 1)
+    ctx.plugins.opinions = [("guard", False)]
+    ctx.trainer.make(2)
+    await publisher.round()
+    assert (route(ctx), states(ctx)[2]) == (1, "rejected")
+    with ctx.engine.begin() as c:
+        promote(c, "ada", 2)
+    await publisher.round()
+    await publisher.round()
+    assert (route(ctx), ctx.trainer.heads[-1]) == (2, ("ada", 2))
+    with ctx.engine.begin() as c:
+        rollback(c, "ada")
+    await publisher.round()
+    await publisher.round()
+    assert (route(ctx), states(ctx)) == (1, {1: "serving", 2: "rejected"})
+
+
+async def test_a_wish_that_cannot_be_carried_out_leaves_what_serves_and_may_be_taken_back(ctx: Context) -> None:
+    publisher = await published(ctx, 1, 2)
+    ctx.trainer.broken["ada@v1"] = "no such folder"
+    with ctx.engine.begin() as c:
+        rollback(c, "ada")
+    await publisher.round()
+    assert route(ctx) == 2
+    with ctx.engine.begin() as c:
+        assert promote(c, "ada", 2) == "ada@v2 is serving already"
+    await publisher.round()
+    assert states(ctx) == {1: "retired", 2: "serving"}
+
+
+async def test_what_cannot_be_wished_is_refused_by_name(ctx: Context) -> None:
+    await published(ctx, 1)
+    with ctx.engine.begin() as c:
+        with pytest.raises(VersionStateError, match="nothing to take back"):
+            rollback(c, "bob")
+        with pytest.raises(UnknownVersionError, match="no adapter version 9"):
+            promote(c, "ada", 9)
+        with pytest.raises(VersionStateError, match="is what serves"):
+            rollback(c, "ada", 1)
