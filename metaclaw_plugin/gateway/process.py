@@ -1,0 +1,37 @@
+"""What one gateway process holds: its settings and its door to the store. LiteLLM gives no place to put them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.settings import Settings, load_settings
+from metaclaw_plugin.store.engine import open_store
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayProcess:
+    """Settings of ``$METACLAW_CONFIG`` and the store that they name."""
+
+    settings: Settings
+    engine: Engine
+
+
+_lock = threading.Lock()
+_held: list[GatewayProcess] = []
+
+
+def this_process() -> GatewayProcess:
+    """The one of this process; opened by whoever asks first, after any fork.
+
+    Raises:
+        ConfigError: if the settings cannot be read.
+        StoreError: if the store cannot be opened; the next call tries again.
+    """
+    with _lock:
+        if not _held:
+            settings = load_settings()
+            _held.append(GatewayProcess(settings, open_store(settings.store_url)))
+        return _held[0]
