@@ -47,7 +47,7 @@ class Child:
         """
         service = self.service
         guard = (sys.executable, "-m", "metaclaw_plugin.supervisor.guard")
-        options = ("--life-fd", str(self._life_fd), "--grace", str(service.grace), "--nice", str(service.niceness))
+        options = ("--life-fd", str(self._life_fd), "--grace", str(service.grace))
         try:
             if self.log.exists() and self.log.stat().st_size > ROTATE:
                 self.log.replace(self.log.with_suffix(".log.1"))

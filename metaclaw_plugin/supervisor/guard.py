@@ -115,12 +115,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="metaclaw guard")
     parser.add_argument("--life-fd", type=int)
     parser.add_argument("--grace", type=float, default=20.0)
-    parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if options.nice:
-        os.nice(options.nice)
     return Guard(command, options.life_fd, options.grace).run()
 
 

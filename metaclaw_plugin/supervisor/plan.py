@@ -25,7 +25,6 @@ class Service:
     ready_path: str | None = None  # answers 200 once it is ready; None: ready when it has stayed up for a while
     start_timeout: float = 300.0  # seconds
     grace: float = 20.0  # seconds between SIGTERM and SIGKILL
-    niceness: int = 0
     port_setting: str = ""  # what to change when the port is taken
 
     @property
@@ -46,8 +45,10 @@ def trains(settings: Settings) -> bool:
 def gateway_launch(settings: Settings, config: Path | None, port: int | None = None) -> Launch:
     from metaclaw_plugin.gateway.command import gateway_command
 
-    command = gateway_command(settings, require_config(config), port)
-    return Launch(tuple(command.argv), {**shared_env(settings, config), **command.env})
+    if port is not None:
+        settings = settings.model_copy(update={"gateway": settings.gateway.model_copy(update={"port": port})})
+    argv, env = gateway_command(settings, require_config(config))
+    return Launch(tuple(argv), {**env, **shared_env(settings, config)})
 
 
 def worker_launch(settings: Settings, config: Path | None) -> Launch:
@@ -55,8 +56,19 @@ def worker_launch(settings: Settings, config: Path | None) -> Launch:
 
 
 def trainer_port(settings: Settings) -> int:
-    """The port in ``metaclaw.rl.remote_url``, where the worker looks for the trainer."""
-    return urlsplit(settings.rl.remote_url).port or 4010
+    """The port in ``metaclaw.rl.remote_url``, where the worker looks for the trainer.
+
+    Raises:
+        ConfigError: if ``metaclaw.trainer.port`` says another.
+    """
+    port = urlsplit(settings.rl.remote_url).port or 4010
+    own = settings.trainer.get("port", port)
+    if settings.rl.backend == "local" and own != port:
+        raise ConfigError(
+            f"metaclaw.trainer.port is {own}, but the worker looks for the trainer at port {port} of "
+            "metaclaw.rl.remote_url; make them agree"
+        )
+    return port
 
 
 def trainer_launch(settings: Settings, config: Path | None, port: int | None = None) -> Launch:
@@ -64,8 +76,13 @@ def trainer_launch(settings: Settings, config: Path | None, port: int | None = N
         raise ConfigError("the trainer is not installed here: pip install 'metaclaw-plugin[trainer]'")
     check_model(settings.base_model)
     path = require_config(config)
-    argv = (sys.executable, "-m", "metaclaw_trainer", "--config", str(path))
-    return Launch((*argv, "--port", str(port or trainer_port(settings))), shared_env(settings, config))
+    argv: tuple[str, ...] = (sys.executable, "-m", "metaclaw_trainer", "--config", str(path))
+    if port is not None or settings.rl.backend == "local":
+        argv += ("--port", str(port or trainer_port(settings)))
+    env = shared_env(settings, config)
+    if settings.trainer.get("devices") is not None:
+        env["CUDA_VISIBLE_DEVICES"] = str(settings.trainer["devices"])
+    return Launch(argv, env)
 
 
 def require_config(config: Path | None) -> Path:
@@ -97,7 +114,6 @@ def plan(settings: Settings, config: Path | None) -> list[Service]:
                 trainer_launch(settings, config),
                 port=trainer_port(settings),
                 ready_path="/v1/health",
-                niceness=10,  # serving goes first
                 port_setting="metaclaw.rl.remote_url",
             )
         )
