@@ -31,6 +31,14 @@ class TrainerUnavailableError(MetaclawError, ConnectionError):
     """The trainer did not answer; what was to be sent stays queued."""
 
 
+class TrainerRefusedError(MetaclawError):
+    """The trainer answered, and will not do what was asked; asking again changes nothing."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status  # of its HTTP answer
+
+
 class ProcessError(MetaclawError):
     """A process could not be started, or died."""
 
@@ -57,3 +65,11 @@ class UnknownSessionError(MetaclawError, LookupError):
 
 class ForbiddenAgentError(MetaclawError, PermissionError):
     """The key does not act for the agent that the request names."""
+
+
+class ExportError(MetaclawError):
+    """An adapter version could not be written out."""
+
+
+class TrainingNotStartedError(MetaclawError):
+    """The trainer has nothing to train the agent on."""

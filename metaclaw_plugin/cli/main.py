@@ -40,8 +40,8 @@ COMMANDS = {
     "skills": Entry("skills", "Look at and edit the skill library.", group=True),
     "rewards": Entry("rewards", "See how traces were rewarded.", group=True),
     "hooks": Entry("hooks", "See and try the plugins that are loaded.", group=True),
-    "adapters": Entry("adapters", "Look at adapter versions, roll back, pin.", group=True),
-    "train": Entry("train", "Say when training may happen, and start a step.", group=True),
+    "adapters": Entry("adapters", "Look at adapter versions, promote one, roll back, export.", group=True),
+    "train": Entry("train", "Take a training step of an agent now."),
     "backup": Entry("backup", "Save and restore what METACLAW_HOME holds.", group=True),
 }
 PACKAGE = "metaclaw_plugin.cli"

@@ -14,7 +14,7 @@ from metaclaw_hooks.wire import AgentStatus, AgentTraining
 from pydantic import ValidationError
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import ConfigError
+from metaclaw_plugin.errors import ConfigError, TrainerRefusedError
 from metaclaw_plugin.settings import Section, Settings, WindowSettings
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.schema import sessions
@@ -56,7 +56,11 @@ async def modes_round(ctx: ModeContext) -> int:
     told = 0
     for agent, window in permissions.items():
         if has.pop(agent, None) is not window.open:
-            await ctx.trainer.set_agent(agent, AgentTraining(allowed=window.open))
+            try:
+                await ctx.trainer.set_agent(agent, AgentTraining(allowed=window.open))
+            except TrainerRefusedError as error:  # one agent's trouble is not the others'
+                logger.warning("the trainer was told that %s is in %s, and refused: %s", agent, window.reason, error)
+                continue
             logger.info("training of %s is %s: %s", agent, "allowed" if window.open else "held", window.reason)
             told += 1
     for agent in [agent for agent, allowed in has.items() if allowed]:  # removed here, still known there

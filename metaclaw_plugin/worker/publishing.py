@@ -21,10 +21,11 @@ from metaclaw_hooks.types import AdapterVersion, VersionState
 from metaclaw_hooks.wire import ServedReply, VersionBody
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import TrainerUnavailableError
+from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.adapters import VersionRecord
+from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.worker.heartbeats import HeartbeatWatch
 
 logger = logging.getLogger(__name__)
@@ -112,14 +113,21 @@ class Publisher:
             with self._ctx.engine.connect() as c:
                 return [route for route in store.list_routes(c) if route.head is not None]
 
-        def told(agent: str, head: int) -> None:
+        def told(agent: str, head: int, *, refused: bool = False) -> None:
             with self._ctx.engine.begin() as c:
+                if refused:
+                    count(c, "head_refused", agent)
                 if store.get_route(c, agent).head == head:
                     store.set_head(c, agent, None)
 
         for route in await asyncio.to_thread(pending):
             head = route.head or 0
-            await self._ctx.trainer.set_head(route.agent, head)
+            try:
+                await self._ctx.trainer.set_head(route.agent, head)
+            except TrainerRefusedError as error:
+                logger.warning("training of %s does not go on from version %d: %s", route.agent, head, error)
+                await asyncio.to_thread(told, route.agent, head, refused=True)
+                continue
             await asyncio.to_thread(told, route.agent, head)
             logger.info("the trainer goes on from version %d of %s", head, route.agent)
 
