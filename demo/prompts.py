@@ -1,0 +1,48 @@
+"""What the demo's agents are asked: everyday questions, some of them never trained on.
+
+Topics and question forms of the held-out set appear nowhere in the training set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+
+def _words(text: str) -> list[str]:
+    return text.split(", ")
+
+
+_FORMS = (
+    "In one sentence, what is {}?",
+    "Give me one tip about {}.",
+    "In one sentence, why do people care about {}?",
+)
+_TOPICS = _words(
+    "sleep, bread, a good garden, the moon, money, friendship, a bicycle, rain, music, coffee, a library, walking, "
+    "the sea, a map, honey, a clock, glass, a bridge, salt, winter, a train, football, silence, a diary, a kitchen, "
+    "the wind, patience, a camera, soap, a river, chess, a market, wool, school, a candle, the heart, a window, "
+    "an island, stories, tea, a bus trip, mountains, paper, dancing, a birthday, shoes, fire, a letter, sunlight, rice"
+)
+
+_HELD_OUT_FORMS = (
+    "Tell me briefly about {}.",
+    "How would you describe {} to a visitor? One sentence, please.",
+)
+_HELD_OUT_TOPICS = _words(
+    "a dog, cheese, a holiday, the stars, a job, cooking, a tree, a hospital, trust, painting, a phone, snow, "
+    "a village, exercise, a horse, the news"
+)
+
+
+def training_prompts(seed: int) -> list[str]:
+    """All 150 training questions, shuffled."""
+    prompts = [form.format(topic) for form, topic in itertools.product(_FORMS, _TOPICS)]
+    random.Random(seed).shuffle(prompts)
+    return prompts
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """The first ``count`` of 32 held-out questions, the same ones on every run."""
+    prompts = [form.format(topic) for topic, form in itertools.product(_HELD_OUT_TOPICS, _HELD_OUT_FORMS)]
+    return prompts[:count]
