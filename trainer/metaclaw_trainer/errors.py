@@ -69,3 +69,39 @@ class CheckpointRefusedError(CheckpointError, ValueError):
 
 class UnknownVersionError(CheckpointError, LookupError):
     """No checkpoint of that version on this machine."""
+
+
+class StoreError(TrainerError):
+    """The trainer's store did not answer, or refused."""
+
+
+class QueueFullError(TrainerError):
+    """An agent has as many samples waiting as it may; send them again later."""
+
+
+class UnknownAgentError(TrainerError, LookupError):
+    """No agent of that name has ever sent a sample or a setting."""
+
+
+class UnknownSessionError(TrainerError, LookupError):
+    """No training session of that id is open here."""
+
+
+class ConflictError(TrainerError):
+    """What was asked does not fit the state that things are in."""
+
+
+class KeyFileError(TrainerError, ValueError):
+    """The file of API keys cannot be read or written, or holds none where one is needed."""
+
+
+class VllmUnavailableError(TrainerError, ConnectionError):
+    """A vLLM did not answer."""
+
+
+class VllmRefusedError(TrainerError):
+    """A vLLM answered with an error; ``status`` is its HTTP status, ``None`` for an answer that made no sense."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,149 @@
+"""Every vLLM holds exactly the adapters that it shall hold: kept true after its restarts and ours.
+
+The wanted set lies in the store. Each vLLM is asked what it has; what is missing is loaded, what is ours and not wanted
+is unloaded. An adapter is ours if its folder lies below ours, so those that others loaded are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metaclaw_trainer.errors import TrainerError, VllmRefusedError, VllmUnavailableError
+from metaclaw_trainer.versions import Wanted
+from metaclaw_trainer.vllm_client import VllmClient
+
+log = logging.getLogger(__name__)
+
+REFUSED_PAUSE = 30.0  # seconds until a load that vLLM refused is tried again
+
+
+@dataclass(slots=True)
+class ReplicaState:
+    """What one look at one vLLM brought."""
+
+    url: str
+    reachable: bool = False
+    held: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)  # name -> reason
+    loaded: int = 0
+    unloaded: int = 0
+
+
+class Reconciler:
+    """Brings each vLLM to the wanted set.
+
+    Args:
+        clients: one for each replica.
+        wanted: reads the wanted set from the store.
+        folder: adapters below it are ours.
+        interval: seconds between looks, in the thread that ``start`` runs.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[VllmClient],
+        wanted: Callable[[], Sequence[Wanted]],
+        folder: Path,
+        interval: float = 2.0,
+    ) -> None:
+        self._clients = list(clients)
+        self._wanted = wanted
+        self._folder = folder.resolve()
+        self._interval = interval
+        self._locks = [threading.Lock() for _ in self._clients]
+        self._refused: list[dict[str, tuple[float, str]]] = [{} for _ in self._clients]
+        self.states = [ReplicaState(client.url) for client in self._clients]
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(max(1, len(self._clients)), thread_name_prefix="vllm")
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout=60)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self.once()
+            except TrainerError as error:
+                log.error("cannot bring vLLM to the wanted set: %s", error)
+
+    def once(self, retry_refused: bool = False) -> list[ReplicaState]:
+        """One look at every replica, all at once. ``retry_refused``: also what was refused a moment ago."""
+        wanted = {entry.name: entry.path for entry in self._wanted()}
+        jobs = [self._pool.submit(self._replica, i, wanted, retry_refused) for i in range(len(self._clients))]
+        return [job.result() for job in jobs]
+
+    def outcome(self, names: Sequence[str], states: Sequence[ReplicaState]) -> tuple[list[str], dict[str, str]]:
+        """Of ``names``: those that every replica holds, and for the others the reason of the first that does not."""
+        held, failed = [], {}
+        for name in names:
+            reasons = [state.failed.get(name, "not loaded yet") for state in states if name not in state.held]
+            if reasons:
+                failed[name] = reasons[0]
+            else:
+                held.append(name)
+        return held, failed
+
+    def _replica(self, index: int, wanted: dict[str, str], retry_refused: bool) -> ReplicaState:
+        client, state = self._clients[index], ReplicaState(self._clients[index].url)
+        with self._locks[index]:
+            before = self.states[index]
+            try:
+                self._bring(index, wanted, state, retry_refused)
+                state.reachable = True
+                if not before.reachable:
+                    log.info("vLLM at %s answers; it holds %d adapters of ours", client.url, len(state.held))
+            except (VllmUnavailableError, VllmRefusedError) as error:
+                for name in wanted.keys() - state.held:
+                    state.failed.setdefault(name, str(error))
+                if before.reachable:
+                    log.warning("%s", error)
+            self.states[index] = state
+        return state
+
+    def _bring(self, index: int, wanted: dict[str, str], state: ReplicaState, retry_refused: bool) -> None:
+        client, refused = self._clients[index], self._refused[index]
+        there = {model.name: model.root for model in client.models() if model.parent is not None}
+        for name, path in wanted.items():
+            if there.get(name) == path:
+                state.held.add(name)
+                continue
+            at, reason = refused.get(name, (0.0, ""))
+            if not retry_refused and 0 <= time.monotonic() - at < REFUSED_PAUSE and reason:
+                state.failed[name] = reason
+                continue
+            try:
+                if name in there:  # of that name, but another folder: from a home that is gone
+                    client.unload(name)
+                client.load(name, path)
+            except VllmRefusedError as error:
+                refused[name] = (time.monotonic(), str(error))
+                state.failed[name] = str(error)
+                log.error("%s was not loaded: %s", name, error)
+                continue
+            refused.pop(name, None)
+            state.held.add(name)
+            state.loaded += 1
+            log.info("loaded %s into vLLM at %s", name, client.url)
+        for name, root in there.items():
+            if name not in wanted and self._is_ours(root):
+                client.unload(name)
+                state.unloaded += 1
+                log.info("unloaded %s from vLLM at %s", name, client.url)
+
+    def _is_ours(self, root: str) -> bool:
+        path = Path(root)
+        return path.is_absolute() and path.resolve().is_relative_to(self._folder)

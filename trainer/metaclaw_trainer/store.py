@@ -1,0 +1,100 @@
+"""One way to open the trainer's store: SQLite in WAL mode by default, PostgreSQL by URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from metaclaw_trainer.errors import StoreError
+from metaclaw_trainer.schema import metadata
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+class Store:
+    """Transactions on the trainer's database. Any number of threads and processes may use it.
+
+    A write transaction on SQLite takes the write lock at once, so read-then-write is safe; on PostgreSQL the rows that
+    decide are locked by the statements themselves.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self._writer = engine.execution_options(metaclaw_write=True)
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads."""
+        with _translated(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that is durable when the block ends, and undone when it raises."""
+        with _translated(), self._writer.begin() as connection:
+            yield connection
+
+    @property
+    def is_postgresql(self) -> bool:
+        return self.engine.dialect.name == "postgresql"
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_store(url: str) -> Store:
+    """Open the store at ``url`` and create what is missing in it.
+
+    Raises:
+        StoreError: if the database cannot be opened.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except SQLAlchemyError as error:
+        raise StoreError("setting metaclaw.trainer.store is no database URL; see SQLAlchemy's database URLs") from error
+    shown = parsed.render_as_string(hide_password=True)
+    try:
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite", pool_timeout=30)
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "connect", _configure_sqlite)
+            sa.event.listen(engine, "begin", _begin_sqlite)
+        store = Store(engine)
+        with store.write() as connection:
+            metadata.create_all(connection, checkfirst=True)
+    except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
+        raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
+    return store
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # transactions are begun below, not by the driver
+    cursor = connection.cursor()
+    # FULL: a sample that was acknowledged survives a loss of power, not only of the process.
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("metaclaw_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StoreError(f"the trainer's store failed: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "orig", None) or error
+    return str(cause).splitlines()[0][:300] if str(cause) else type(cause).__name__
