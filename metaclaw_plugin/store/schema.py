@@ -140,6 +140,7 @@ traces = sa.Table(
     sa.Column("hint", sa.Text),
     sa.Column("purpose", sa.String(16), nullable=False, server_default="unsettled"),
     sa.Column("forward", sa.String(16), nullable=False, server_default="waiting"),
+    sa.Column("forward_reason", sa.String(400)),  # why it is skipped
     sa.Column("sample_id", sa.String(64)),
     sa.Column("lease_owner", sa.String(64)),
     sa.Column("lease_until", sa.Float),
@@ -148,6 +149,8 @@ traces = sa.Table(
     sa.Index("ix_traces_response", "response_id"),
     sa.Index("ix_traces_score", "score", "seq"),
     sa.Index("ix_traces_forward", "forward", "score", "agent", "seq"),
+    sa.Index("ix_traces_sample", "sample_id"),
+    sa.Index("ix_traces_lease", "lease_owner"),
 )
 
 rewards = sa.Table(
@@ -174,6 +177,17 @@ feedback = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("applied_at", sa.Float),
     sa.Index("ix_feedback_open", "applied_at", "target"),
+)
+
+# Traces that their owner deleted and the trainer has yet to forget.
+recalls = sa.Table(
+    "recalls",
+    metadata,
+    sa.Column("trace_id", sa.String(40), primary_key=True),
+    sa.Column("agent", sa.String(63), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("settled_at", sa.Float),  # the trainer has answered
+    sa.Index("ix_recalls_open", "settled_at", "at"),
 )
 
 adapters = sa.Table(
@@ -223,6 +237,15 @@ counters = sa.Table(
     sa.Column("label", sa.String(200), primary_key=True),  # what it is counted for: an agent, a plugin, a reason
     sa.Column("value", sa.BigInteger, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
+)
+
+# Work that one process does at a time, such as forwarding one agent's samples.
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("until", sa.Float, nullable=False),  # free again after this, should the owner die
 )
 
 # Small shared facts, such as how far the trainer's list of versions was read.
