@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from metaclaw_hooks.types import Mode
@@ -39,12 +39,16 @@ class GatewaySettings(Section):
     port: int = Field(4000, ge=1, le=65535, description="Port of the gateway.")
     workers: int = Field(1, ge=1, le=64, description="Gateway processes.")
     commit_timeout: float = Field(2.0, gt=0, description="Seconds that an answer's last byte waits for its trace.")
+    max_body_bytes: int = Field(32_000_000, ge=1024, description="Longest request body; beyond it, 413.")
+    max_messages: int = Field(4000, ge=1, description="Most messages in one request; beyond it, 413.")
+    max_tools: int = Field(1000, ge=1, description="Most tools in one request; beyond it, 413.")
 
 
 class StoreSettings(Section):
     """Where traces, agents, rewards and routes are kept."""
 
     url: str | None = Field(None, description="SQLAlchemy URL; unset: SQLite in METACLAW_HOME.")
+    max_bytes: int | None = Field(None, ge=1, description="Stored bytes of traces beyond which no more are kept.")
 
 
 class SessionSettings(Section):
@@ -83,6 +87,13 @@ class SkillSettings(Section):
 class RewardSettings(Section):
     """Built-in rewards and how opinions are combined."""
 
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="Weight of each reward plugin by name; 0 switches it off; else 1."
+    )
+    per_agent: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(
+        default_factory=dict, description="Weights for one agent alone, by agent and plugin; they go before `weights`."
+    )
+
 
 class HookSettings(Section):
     """Plugins of the owner's own."""
@@ -95,6 +106,17 @@ class WorkerSettings(Section):
     """The process that scores, forwards and publishes."""
 
     poll_interval: float = Field(0.5, gt=0, description="Seconds between looks for work when there is none.")
+    concurrency: int = Field(64, ge=1, le=4096, description="Traces scored at the same time.")
+    evidence_timeout: float = Field(
+        600.0, ge=0, description="Seconds after which a reply is scored without having seen what followed."
+    )
+    merge_wait: float = Field(
+        5.0, ge=0, description="Seconds that a scored trace waits for later ones of its session to merge with."
+    )
+    max_sample_tokens: int = Field(8192, ge=2, description="Traces are not merged into samples longer than this.")
+    strict_query: bool = Field(False, description="Set aside traces of skill generations before the newest.")
+    lease: float = Field(60.0, gt=0, description="Seconds, beyond time-outs, after which a dead worker's work is free.")
+    max_backoff: float = Field(30.0, gt=0, description="Most seconds between tries while the trainer is away.")
 
 
 class PublishSettings(Section):

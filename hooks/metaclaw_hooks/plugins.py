@@ -93,7 +93,7 @@ class Plugins(Registry):
                 value = bound.function(**arguments)
             else:
                 future = bound.plugin.lane.submit(bound.function, arguments)
-                value = await asyncio.wait_for(asyncio.wrap_future(future), self._timeout)
+                value = await asyncio.wait_for(asyncio.wrap_future(future), bound.plugin.timeout)
             result = check_result(hook, bound.plugin.name, kwargs, value)
         except Exception as error:  # noqa: BLE001 isolation boundary: a plugin may raise anything
             self._failed(bound, hook, error, future, started)
@@ -106,7 +106,7 @@ class Plugins(Registry):
         future: Future[Any] | None = None
         try:
             future = bound.plugin.lane.submit(bound.function, {name: kwargs[name] for name in bound.arguments})
-            result = check_result(hook, bound.plugin.name, kwargs, future.result(self._timeout))
+            result = check_result(hook, bound.plugin.name, kwargs, future.result(bound.plugin.timeout))
         except Exception as error:  # noqa: BLE001 isolation boundary: a plugin may raise anything
             self._failed(bound, hook, error, future, started)
             return None
@@ -119,22 +119,24 @@ class Plugins(Registry):
         stats.seconds += time.perf_counter() - started
         return stats
 
-    def _failed(
-        self, bound: Bound, hook: str, error: Exception, future: Future[Any] | None, started: float
-    ) -> None:
+    def _failed(self, bound: Bound, hook: str, error: Exception, future: Future[Any] | None, started: float) -> None:
         stats = self._done(bound, hook, started)
         stats.failures += 1
         ran_out = isinstance(error, TimeoutError | FutureTimeoutError)
         if future is not None and ran_out and (future.cancelled() or not future.done()):
             bound.plugin.lane.give_up(future)
             stats.timeouts += 1
-            stats.last_error = f"no answer within {self._timeout:g} s"
+            stats.last_error = f"no answer within {bound.plugin.timeout:g} s"
         else:
             stats.last_error = _summary(error)
         if stats.failures & (stats.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th: a broken plugin must not flood the log
             logger.warning(
                 "plugin %s: %s failed (%s); counted as no opinion, failure %d of %d calls",
-                bound.plugin.name, hook, stats.last_error, stats.failures, stats.calls,
+                bound.plugin.name,
+                hook,
+                stats.last_error,
+                stats.failures,
+                stats.calls,
             )
             logger.debug("plugin %s: %s", bound.plugin.name, hook, exc_info=error)
 
@@ -150,7 +152,8 @@ def create_plugin_manager(
     """Load built-ins first, then installed packages, then the folder; no global state.
 
     ``wanted`` names the hooks that this process calls: a file that has none of them is not even run here.
-    ``timeout`` is in seconds, for each call. A built-in with ``INLINE = True`` is called without a thread.
+    ``timeout`` is in seconds, for each call; a plugin that needs longer says ``HOOK_TIMEOUT``. A built-in with
+    ``INLINE = True`` is called without a thread.
 
     Raises:
         PluginLoadError: if a built-in cannot be registered; all others are isolated and told in ``problems``.

@@ -59,6 +59,7 @@ class LoadedPlugin:
     target: object
     inline: bool  # ours, quick and without I/O: called where we are, without a thread
     lane: Lane
+    timeout: float  # seconds for one call
     stats: dict[str, HookStats]  # by hook; kept when a file is loaded again
 
 
@@ -146,6 +147,15 @@ class Registry:
             if b.plugin.agent in (None, agent) and (only is None or b.plugin.name in only)
         ]
 
+    @property
+    def longest_call(self) -> float:
+        """Seconds after which every call of every plugin has ended, or was given up."""
+        return max((plugin.timeout for plugin in self._plugins.values()), default=self._timeout)
+
+    def _timeout_of(self, target: object) -> float:
+        own = getattr(target, "HOOK_TIMEOUT", None)
+        return float(own) if isinstance(own, int | float) and own > 0 else self._timeout
+
     def add(self, name: str, target: object, *, origin: str, agent: str | None = None, inline: bool = False) -> None:
         """Register one plugin object.
 
@@ -156,7 +166,8 @@ class Registry:
             raise PluginLoadError(
                 f"plugin {name!r} from {origin}: the name is taken by {self._plugins[name].origin}; rename one of them"
             )
-        plugin = LoadedPlugin(name, origin, agent, target, inline, Lane(name), self._stats.setdefault(name, {}))
+        stats = self._stats.setdefault(name, {})
+        plugin = LoadedPlugin(name, origin, agent, target, inline, Lane(name), self._timeout_of(target), stats)
         try:
             self._manager.register(target, name)
         except (pluggy.PluginValidationError, ValueError) as error:

@@ -49,9 +49,7 @@ async def test_a_decorated_and_an_async_function_work_as_well(tmp_path: Path) ->
     )
     plugins = load(tmp_path)
     trace = make_trace()
-    [(name, reward)] = await plugins.call(
-        "score_trace", trace=trace, next_trace=None, session=make_session(trace)
-    )
+    [(name, reward)] = await plugins.call("score_trace", trace=trace, next_trace=None, session=make_session(trace))
     assert (name, reward.source, reward.value, reward.rationale) == ("slow", "slow", 0.25, trace.session)
 
 

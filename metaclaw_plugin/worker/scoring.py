@@ -1,0 +1,169 @@
+"""Scores traces: claim with a lease, ask the reward hooks, combine, store.
+
+Many traces are under way at once, so that slow rewards (a judge) overlap; results are stored in groups, so that quick
+ones are not held up by commits. Whoever is killed in between holds leases that run out; nothing is scored twice, since
+a result is stored only by the holder of the lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from metaclaw_hooks.types import Reward, Session, Trace
+
+from metaclaw_plugin.errors import StoreError
+from metaclaw_plugin.store import leases
+from metaclaw_plugin.store.codec import decode_trace
+from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.rewards import Outcome, feedback_on, record_outcome
+from metaclaw_plugin.store.schema import agents, traces
+from metaclaw_plugin.worker.combine import best_hint, combine, weights_for
+from metaclaw_plugin.worker.context import WorkerContext
+from metaclaw_plugin.worker.evidence import load_evidence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A trace under lease, with what the hooks are to see."""
+
+    seq: int
+    trace: Trace
+    next_trace: Trace | None
+    session: Session
+    feedback: Reward | None
+
+
+class Scorer:
+    """Scores for all agents."""
+
+    def __init__(self, ctx: WorkerContext) -> None:
+        self._ctx = ctx
+
+    async def round(self) -> int:
+        """Score all that is ready; returns how many traces that were."""
+        capacity = self._ctx.settings.worker.concurrency
+        pending: set[asyncio.Task[Outcome]] = set()
+        scored = 0
+        try:
+            while True:
+                if len(pending) <= capacity // 2:
+                    claimed, broken = await asyncio.to_thread(self._claim, capacity - len(pending))
+                    pending |= {asyncio.create_task(self._score(item)) for item in claimed}
+                    scored += await asyncio.to_thread(self._store, broken) if broken else 0
+                if not pending:
+                    return scored
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                finished = {task for task in pending if task.done()}
+                pending -= finished
+                scored += await asyncio.to_thread(self._store, [task.result() for task in finished])
+        finally:
+            for task in pending:
+                task.cancel()
+
+    def reward_plugins(self, agent: str) -> list[str]:
+        """The reward plugins that are switched on for ``agent``."""
+        weight = weights_for(self._ctx.settings.rewards, agent)
+        return [name for name in self._ctx.plugins.implementers("score_trace", agent) if weight(name) > 0]
+
+    def needs_evidence(self, agent: str) -> bool:
+        """Whether a reward that is on for ``agent`` must see what followed; so it is as well when none is on."""
+        names = self.reward_plugins(agent)
+        return not names or not all(self._ctx.plugins.scores_lone_reply(name) for name in names)
+
+    def _claim(self, limit: int) -> tuple[list[Claimed], list[Outcome]]:
+        now = time.time()
+        settings = self._ctx.settings
+        with self._ctx.engine.connect() as c:
+            known = c.execute(sa.select(agents.c.name)).scalars()
+            immediate = [agent for agent in known if not self.needs_evidence(agent)]
+            ready = leases.ready_to_score(now, settings.worker.evidence_timeout, immediate)
+            if c.execute(sa.select(traces.c.seq).where(ready).limit(1)).first() is None:
+                return [], []  # looking must not take the write lock that the gateway commits under
+        until = now + settings.worker.lease + 2 * self._ctx.plugins.longest_call
+        with self._ctx.engine.begin() as c:
+            seqs = leases.claim_traces(c, ready, self._ctx.owner, until, limit)
+        with self._ctx.engine.connect() as c:
+            return self._load(c, seqs)
+
+    def _load(self, c: sa.Connection, seqs: Sequence[int]) -> tuple[list[Claimed], list[Outcome]]:
+        found: list[tuple[int, Trace]] = []
+        broken: list[Outcome] = []
+        for row in c.execute(sa.select(traces).where(traces.c.seq.in_(seqs)).order_by(traces.c.seq)).mappings():
+            try:
+                found.append((row["seq"], decode_trace(row)))
+            except StoreError as error:
+                logger.error("trace %s cannot be scored: %s", row["id"], error)
+                broken.append(Outcome(row["seq"], row["id"], (), None, None, False, str(error), None))
+        plugins = self._ctx.plugins
+        evidence = load_evidence(
+            c,
+            [trace for _, trace in found],
+            next_traces=plugins.takes("score_trace", "next_trace"),
+            whole_sessions=plugins.takes("score_trace", "session"),
+        )
+        said = feedback_on(c, [trace.id for _, trace in found])
+        claimed = [
+            Claimed(seq, trace, evidence.following(trace), evidence.session(trace), said.get(trace.id))
+            for seq, trace in found
+        ]
+        return claimed, broken
+
+    async def _score(self, item: Claimed) -> Outcome:
+        trace = item.trace
+        names = self.reward_plugins(trace.agent)
+        results = await self._ctx.plugins.call(
+            "score_trace", only=names, trace=trace, next_trace=item.next_trace, session=item.session
+        )
+        inferred: tuple[Reward, ...] = tuple(reward for _, reward in results)
+        opinions = inferred if item.feedback is None else (*inferred, item.feedback)
+        combined = await self._ctx.plugins.call_first("combine_rewards", trace=trace, rewards=opinions)
+        if combined is None:
+            combined = combine(opinions, weights_for(self._ctx.settings.rewards, trace.agent))
+        return Outcome(
+            seq=item.seq,
+            trace_id=trace.id,
+            rewards=inferred,
+            combined=combined,
+            hint=best_hint(opinions),
+            held_out=item.session.held_out,
+            unusable=None if trace.trainable else trace.reason or "not trainable",
+            feedback=None if item.feedback is None else item.feedback.value,
+        )
+
+    def _store(self, outcomes: Sequence[Outcome]) -> int:
+        now = time.time()
+        with self._ctx.engine.begin() as c:
+            return sum(record_outcome(c, outcome, self._ctx.owner, now) for outcome in outcomes)
+
+
+def store_hook_counters(ctx: WorkerContext) -> Mapping[tuple[str, str], int]:
+    """Add what the plugins did since the last time to the store's counters; returns the calls, by plugin and hook."""
+    fresh = ctx.plugins.take_stats()
+    if fresh:
+        with ctx.engine.begin() as c:
+            for (plugin, hook), stats in sorted(fresh.items()):
+                label = f"{plugin}:{hook}"
+                count(c, "hook_calls", label, stats.calls)
+                count(c, "hook_microseconds", label, round(stats.seconds * 1e6))
+                if stats.failures:
+                    count(c, "hook_failures", label, stats.failures)
+    return {key: stats.calls for key, stats in fresh.items()}
+
+
+def settle_side_traces(ctx: WorkerContext) -> int:
+    """Side requests are never scored or trained: say so on them; returns how many."""
+    t = traces.c
+    waiting = sa.and_(t.score == "waiting", t.kind == "side")
+    with ctx.engine.connect() as c:
+        if c.execute(sa.select(t.seq).where(waiting).limit(1)).first() is None:
+            return 0
+    with ctx.engine.begin() as c:
+        values = {"score": "unscored", "forward": "skipped", "forward_reason": "side request"}
+        return c.execute(sa.update(traces).where(waiting).values(**values)).rowcount

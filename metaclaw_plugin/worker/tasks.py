@@ -1,0 +1,81 @@
+"""What the worker does, and how often it looks for more of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from metaclaw_plugin.gateway.sessions import close_idle_sessions
+from metaclaw_plugin.store.facts import set_fact
+from metaclaw_plugin.worker.context import WorkerContext
+from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
+from metaclaw_plugin.worker.modes import modes_round
+from metaclaw_plugin.worker.publishing import Publisher
+from metaclaw_plugin.worker.scoring import Scorer, settle_side_traces, store_hook_counters
+
+UPKEEP = 5.0  # seconds
+HEARTBEAT = "worker_heartbeat"  # fact: owner and time of the worker that was last at work
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One task: ``do`` returns whether there may be more to do at once."""
+
+    name: str
+    do: Callable[[], Awaitable[object]]
+    every: float  # seconds between rounds without work
+
+
+def tasks_for(ctx: WorkerContext) -> list[Round]:
+    """The tasks that the settings ask for."""
+    poll = ctx.settings.worker.poll_interval
+    scorer = Scorer(ctx)
+
+    async def score() -> int:
+        await asyncio.to_thread(ctx.plugins.refresh)
+        return await scorer.round()
+
+    tasks = [
+        Round("scoring", score, poll),
+        Round("sessions", lambda: _close_sessions(ctx), UPKEEP),
+        Round("upkeep", lambda: _upkeep(ctx), UPKEEP),
+    ]
+    if ctx.settings.rl.enabled:
+        tasks += [
+            Round("forwarding", Forwarder(ctx).round, poll),
+            Round("tracking", _quietly(Tracker(ctx).round), max(poll, 2.0)),
+            Round("publishing", _quietly(Publisher(ctx).round), poll),
+            Round("modes", _quietly(lambda: modes_round(ctx)), max(poll, 2.0)),
+        ]
+    return tasks
+
+
+def _quietly(do: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[bool]]:
+    """For rounds that do everything at once: the next look is after the interval."""
+
+    async def once() -> bool:
+        await do()
+        return False
+
+    return once
+
+
+async def _close_sessions(ctx: WorkerContext) -> int:
+    def close() -> int:
+        with ctx.engine.begin() as c:
+            return len(close_idle_sessions(c, time.time(), ctx.settings))
+
+    return await asyncio.to_thread(close)
+
+
+async def _upkeep(ctx: WorkerContext) -> bool:
+    def keep() -> bool:
+        store_hook_counters(ctx)
+        settle_side_traces(ctx)
+        with ctx.engine.begin() as c:
+            set_fact(c, HEARTBEAT, {"owner": ctx.owner, "at": time.time()})
+        return False
+
+    return await asyncio.to_thread(keep)
