@@ -1,1 +1,1 @@
-
+"""What passed between gateway and sampler, taken off the wire and made into traces."""

@@ -1,0 +1,203 @@
+"""The tap: an httpx transport between LiteLLM and vLLM, the one place where sampled tokens are whole.
+
+LiteLLM's own parser drops the prompt's ids and the last token of a stream. So the request asks for ids and
+log-probabilities, each event is recorded here as it passes, and what the client did not ask for is set back to null
+before LiteLLM sees it. Chunks pass one for one; nothing is held but an unfinished line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+
+from metaclaw_plugin.capture.reply import Reply
+
+# The recording that requests sent from the present context go into; None: pass through untouched.
+RECORDING: ContextVar[Recording | None] = ContextVar("metaclaw_recording", default=None)
+
+_DROPPED_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
+
+
+@dataclass(slots=True)
+class Recording:
+    """What passed in one attempt to answer a request. ``over`` once nothing more can come."""
+
+    keep_logprobs: bool  # the client asked for them itself
+    keep_token_ids: bool
+    request_body: bytes = b""
+    status: int | None = None  # None: the upstream never answered
+    reply: Reply = field(default_factory=Reply)
+    complete: bool = False  # the upstream said that this was all
+    over: bool = False
+    started_at: float = field(default_factory=time.time)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether any part of an answer passed."""
+        return self.status is not None and self.status < 300 and bool(self.reply.choices)
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        if not self.over:
+            self.over = True
+            self.finished_at = time.time()
+
+
+class TapTransport(httpx.AsyncBaseTransport):
+    """Records what passes to and from ``inner`` for requests sent in a context that has a recording."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        recording = RECORDING.get()
+        if recording is None:
+            return await self._inner.handle_async_request(request)
+        request.headers["accept-encoding"] = "identity"
+        recording.request_body = await request.aread()
+        try:
+            response = await self._inner.handle_async_request(request)
+        except BaseException:
+            recording.end()
+            raise
+        recording.status = response.status_code
+        if response.status_code >= 300:
+            recording.end()
+            return response
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            return _with_stream(response, _TappedStream(response, recording))
+        return await _tap_body(response, recording)
+
+    async def aclose(self) -> None:
+        """Left open on purpose: LiteLLM closes clients that share this transport."""
+
+
+def _with_stream(response: httpx.Response, stream: httpx.AsyncByteStream) -> httpx.Response:
+    headers = _kept_headers(response)
+    return httpx.Response(response.status_code, headers=headers, stream=stream, extensions=response.extensions)
+
+
+def _kept_headers(response: httpx.Response) -> list[tuple[bytes, bytes]]:
+    """All headers but those that describe how the bytes came, since they are decoded here."""
+    return [(key, value) for key, value in response.headers.raw if key.lower() not in _DROPPED_HEADERS]
+
+
+async def _tap_body(response: httpx.Response, recording: Recording) -> httpx.Response:
+    try:
+        raw = await response.aread()  # decoded
+    finally:
+        recording.end()
+        await response.aclose()
+    try:
+        body = _parse(raw)
+    except ValueError:
+        recording.reply.garbled = True
+    else:
+        recording.reply.add_body(body)
+        recording.complete = not recording.reply.garbled
+        if _hide_injected(body, recording):
+            raw = _dump(body)
+    headers = [*_kept_headers(response), (b"content-length", str(len(raw)).encode())]
+    return httpx.Response(response.status_code, headers=headers, content=raw, extensions=response.extensions)
+
+
+class _TappedStream(httpx.AsyncByteStream):
+    def __init__(self, response: httpx.Response, recording: Recording) -> None:
+        self._response = response
+        self._recording = recording
+        self._rest = b""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._response.aiter_bytes():
+                if passed := self._take(chunk):
+                    yield passed
+            if self._rest:
+                yield self._line(self._rest)
+        finally:
+            self._recording.end()
+
+    async def aclose(self) -> None:
+        self._recording.end()
+        await self._response.aclose()
+
+    def _take(self, chunk: bytes) -> bytes:
+        lines = (self._rest + chunk).split(b"\n")
+        self._rest = lines.pop()
+        return b"".join(self._line(line + b"\n") for line in lines)
+
+    def _line(self, line: bytes) -> bytes:
+        """The line as LiteLLM may see it."""
+        if not line.startswith(b"data:"):
+            return line
+        payload = line[5:].strip()
+        recording = self._recording
+        if payload == b"[DONE]":
+            recording.complete = not recording.reply.garbled
+            recording.end()
+            return line
+        try:
+            event = _parse(payload)
+        except ValueError:
+            recording.reply.garbled = True
+            return line
+        if recording.first_token_at is None:
+            recording.first_token_at = time.time()
+        recording.reply.add_event(event)
+        if not recording.keep_token_ids and _only_for_us(event):
+            return b""
+        return b"data: " + _dump(event) + b"\n" if _hide_injected(event, recording) else line
+
+
+def _hide_injected(event: dict[str, Any], recording: Recording) -> bool:
+    """Set back to null what vLLM leaves null when it is not asked; True if there was any."""
+    hidden = False
+    names = ([] if recording.keep_token_ids else ["token_ids"]) + ([] if recording.keep_logprobs else ["logprobs"])
+    if not recording.keep_token_ids and event.get("prompt_token_ids") is not None:
+        event["prompt_token_ids"] = None
+        hidden = True
+    for choice in event.get("choices") or ():
+        for name in names:
+            if isinstance(choice, dict) and choice.get(name) is not None:
+                choice[name] = None
+                hidden = True
+    return hidden
+
+
+def _only_for_us(event: dict[str, Any]) -> bool:
+    """Whether vLLM sent this event only because token ids were asked for: a token that a parser held back."""
+    choices = event.get("choices")
+    return (
+        isinstance(choices, list)
+        and bool(choices)
+        and all(
+            isinstance(choice, dict) and choice.get("delta") == {} and choice.get("finish_reason") is None
+            for choice in choices
+        )
+    )
+
+
+def _parse(payload: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        value = json.loads(payload)  # knows NaN and Infinity
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

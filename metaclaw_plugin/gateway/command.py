@@ -1,0 +1,35 @@
+"""How the gateway process is started: LiteLLM's own command, told where our settings are."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from metaclaw_plugin.settings import CONFIG_ENV, HOME_ENV, Settings
+
+MASTER_KEY_ENV = "LITELLM_MASTER_KEY"
+
+# Nothing leaves the machine that the owner did not configure, and LiteLLM's banner stays off the log.
+_QUIET = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def gateway_command(settings: Settings, config_path: Path) -> tuple[list[str], Mapping[str, str]]:
+    """Arguments and environment of the gateway process; the environment holds all of the present one."""
+    gateway = settings.gateway
+    argv = [sys.executable, "-m", "litellm.proxy.proxy_cli", "--config", str(config_path)]
+    argv += ["--host", gateway.host, "--port", str(gateway.port), "--telemetry", "False"]
+    if gateway.workers > 1:
+        # Several workers start slowly on a busy machine; without this LiteLLM kills them while they do.
+        argv += ["--num_workers", str(gateway.workers), "--timeout_worker_healthcheck", "120"]
+    env = dict(os.environ) | _QUIET | {CONFIG_ENV: str(config_path), HOME_ENV: str(settings.home)}
+    # LiteLLM does not start without a master key. Where the owner set none, nobody shall know it; a key that the
+    # config file sets goes before this one.
+    env.setdefault(MASTER_KEY_ENV, "sk-" + secrets.token_urlsafe(32))
+    return argv, env

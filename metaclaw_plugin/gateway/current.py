@@ -1,0 +1,57 @@
+"""The request that the present task works on: what was decided about it, and what passed.
+
+LiteLLM calls its hooks at many depths; they, the tap and the edge find the request in this one context variable, which
+every task that LiteLLM starts for the request inherits.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from metaclaw_hooks.types import Agent, SkillRef
+
+from metaclaw_plugin.capture.transport import Recording
+from metaclaw_plugin.gateway.dialects import Dialect
+from metaclaw_plugin.gateway.routing import Route, Ticket
+from metaclaw_plugin.gateway.sessions import Turn
+
+_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,1000})"')
+_SNIFFED = 4096  # bytes at the front of an answer in which its id stands
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that was decided before the call."""
+
+    trace_id: str
+    agent: Agent
+    route: Route
+    turn: Turn | None  # None: nothing of this request is kept
+    ticket: Ticket | None
+    skills: tuple[SkillRef, ...] = ()
+    skill_generation: int = 0
+
+
+@dataclass(slots=True)
+class CurrentRequest:
+    """One request from its first byte to its last."""
+
+    dialect: Dialect
+    headers: Mapping[str, str]  # lower case
+    started_at: float = field(default_factory=time.time)
+    plan: Plan | None = None
+    recording: Recording | None = None  # of the last attempt
+    response_id: str | None = None  # as the client sees it
+    committed: bool = False
+
+    def sniff(self, body: bytes) -> None:
+        """Take the response's id from the first bytes that the client gets."""
+        if self.response_id is None and (match := _RESPONSE_ID.search(body, 0, _SNIFFED)):
+            self.response_id = match[1].decode("utf-8", "replace")
+
+
+CURRENT: ContextVar[CurrentRequest | None] = ContextVar("metaclaw_request", default=None)

@@ -1,0 +1,34 @@
+"""What this gateway process counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+
+class Metrics:
+    """Counters and timings of one process; ``render`` gives them in Prometheus' text form."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._events = Counter(
+            "metaclaw_events", "Things that happened, by name and agent", ["name", "agent"], registry=self.registry
+        )
+        self._commits = Histogram(
+            "metaclaw_commit_seconds",
+            "Seconds that an answer's last byte waited for its trace to be committed",
+            ["stored"],
+            registry=self.registry,
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+        )
+
+    def count(self, name: str, agent: str, n: int) -> None:
+        """Count ``n`` more of ``name`` for ``agent``."""
+        self._events.labels(name, agent).inc(n)
+
+    def committed(self, stored: bool, seconds: float) -> None:
+        """A trace was committed, or not within the bounded wait, after ``seconds``."""
+        self._commits.labels("yes" if stored else "no").observe(seconds)
+
+    def render(self) -> bytes:
+        """All of it as Prometheus reads it."""
+        return generate_latest(self.registry)

@@ -1,0 +1,80 @@
+"""What LiteLLM's hooks mean to us, and how the edge gets around LiteLLM's application."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import HTTPException
+from litellm.proxy import proxy_server
+
+from metaclaw_plugin.errors import ForbiddenAgentError, MetaclawError, UnknownAgentError
+from metaclaw_plugin.gateway import routes
+from metaclaw_plugin.gateway.current import CURRENT
+from metaclaw_plugin.gateway.dialects import CALL_TYPES
+from metaclaw_plugin.gateway.edge import Edge
+from metaclaw_plugin.gateway.identity import KeyFacts
+from metaclaw_plugin.gateway.limits import too_many
+from metaclaw_plugin.gateway.runtime import process_gateway
+from metaclaw_plugin.gateway.upstream import is_listed, tapped_client
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Put the edge around LiteLLM's application and our routes into it, once.
+
+    LiteLLM loads callbacks while its application starts, when it takes no more middleware; so the edge goes around the
+    stack of middleware that is there.
+    """
+    app = proxy_server.app
+    if app.middleware_stack is None:
+        app.middleware_stack = app.build_middleware_stack()
+    if not isinstance(app.middleware_stack, Edge):
+        app.middleware_stack = Edge(app.middleware_stack, process_gateway())
+        routes.mount(app)
+
+
+async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dict[str, Any]:
+    """Prepare a request for a model's answer; others pass as they are.
+
+    Raises:
+        HTTPException: 403 for an agent that the key does not act for, 404 for one that is gone, 413 past a limit.
+    """
+    current = CURRENT.get()
+    if current is None or CALL_TYPES.get(call_type) != current.dialect or current.plan is not None:
+        return data
+    gateway = process_gateway()
+    if complaint := too_many(data, gateway.settings.gateway):
+        raise HTTPException(413, complaint)
+    model = data.get("model")
+    try:
+        await gateway.prepare(current, KeyFacts.of(auth), data, listed=isinstance(model, str) and is_listed(model))
+    except ForbiddenAgentError as error:
+        raise HTTPException(403, str(error)) from error
+    except UnknownAgentError as error:
+        raise HTTPException(404, str(error)) from error
+    except MetaclawError as error:
+        logger.error("a request could not be prepared: %s", error)
+        raise HTTPException(503, "the gateway cannot take this request just now; try again") from error
+    return data
+
+
+def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
+    """Make a call to vLLM recordable; ``None``: leave it as it is."""
+    current = CURRENT.get()
+    if current is None or current.plan is None or getattr(call_type, "value", call_type) != "acompletion":
+        return None
+    if call.get("custom_llm_provider") != "hosted_vllm" and not str(call.get("model")).startswith("hosted_vllm/"):
+        return None
+    return process_gateway().attempt(current, call) | {"client": tapped_client()}
+
+
+def with_answer(response: Any) -> None:
+    """Note the id of an answer that comes in one piece."""
+    current = CURRENT.get()
+    if current is None:
+        return
+    found = response.get("id") if isinstance(response, dict) else getattr(response, "id", None)
+    if isinstance(found, str):
+        current.response_id = found

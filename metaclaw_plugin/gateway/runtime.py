@@ -1,0 +1,52 @@
+"""What one gateway process consists of, made once. LiteLLM executes the callback by path; what lasts lives here."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from functools import cache
+from pathlib import Path
+
+from metaclaw_hooks.plugins import create_plugin_manager
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.gateway.metrics import Metrics
+from metaclaw_plugin.gateway.process import this_process
+from metaclaw_plugin.gateway.request import Gateway
+from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.skills.library import Library, Watcher
+from metaclaw_plugin.skills.retrieval import Retriever
+
+logger = logging.getLogger(__name__)
+
+HOOKS = ("select_skills", "redact_trace")  # the hooks that a gateway calls
+_FLUSH_TIME = 10.0  # seconds that a process has, at its end, to store what is queued
+
+
+def create_gateway(settings: Settings, engine: Engine) -> Gateway:
+    """Put a gateway together."""
+    library = Library(settings.skills_path)
+    Watcher(library, settings.skills.reload_interval).start()
+    hooks: Path | None = settings.hooks_path if settings.hooks_path.is_dir() else None
+    return Gateway(
+        settings=settings,
+        engine=engine,
+        library=library,
+        retriever=Retriever(library, settings.skills),
+        plugins=create_plugin_manager(hooks, settings.hooks.timeout, wanted=HOOKS),
+        metrics=Metrics(),
+    )
+
+
+@cache
+def process_gateway() -> Gateway:
+    """The gateway of this process."""
+    held = this_process()
+    gateway = create_gateway(held.settings, held.engine)
+    atexit.register(_flush, gateway)
+    return gateway
+
+
+def _flush(gateway: Gateway) -> None:
+    if not gateway.close(_FLUSH_TIME):
+        logger.error("traces were still queued %g s after the gateway was told to stop; they are lost", _FLUSH_TIME)
