@@ -48,7 +48,7 @@ class Feedback(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     trace_id: str | None = Field(None, min_length=1, max_length=200, description="From the header x-metaclaw-trace-id.")
-    response_id: str | None = Field(None, min_length=1, max_length=200, description="The `id` of the response.")
+    response_id: str | None = Field(None, min_length=1, max_length=1000, description="The `id` of the response.")
     value: float = Field(ge=-1, le=1, allow_inf_nan=False, description="From -1 (bad) to 1 (good).")
     comment: str = Field("", max_length=20_000, description="Why; kept beside the value.")
 

@@ -28,6 +28,7 @@ from metaclaw_plugin.store import sessions as store
 from metaclaw_plugin.store.sessions import Evidence, split_epoch
 
 _MAX_EVIDENCE = 400  # characters; longer values are no session ids
+_MAX_RESPONSE_ID = 1000  # characters; LiteLLM encrypts those of the Responses route
 _MAX_PAUSES = 64  # newest places at which the conversation may have paused that are looked up
 _CLAUDE_CODE = re.compile(r"session_(?:id\W{1,8})?([0-9a-fA-F]{8}-[0-9a-fA-F-]{27})")
 _NO = {"", "0", "no", "false", "off"}
@@ -143,7 +144,8 @@ def _named(evidence: RequestEvidence, messages: Sequence[Any]) -> Evidence | Non
             return Evidence("metadata", value)
         if found := _CLAUDE_CODE.search(str(metadata.get("user_id") or "")[:2000]):
             return Evidence("metadata", found[1])
-    if _usable(body.get("previous_response_id")) is None and (value := _usable(runtime_session(messages))):
+    previous = _usable(body.get("previous_response_id"), _MAX_RESPONSE_ID)
+    if previous is None and (value := _usable(runtime_session(messages))):
         return Evidence("runtime", value)
     return None
 
@@ -157,7 +159,7 @@ def _unnamed(
     now: float,
     one_in: int,
 ) -> str:
-    previous = _usable(evidence.body.get("previous_response_id"))
+    previous = _usable(evidence.body.get("previous_response_id"), _MAX_RESPONSE_ID)
     found = store.find_by_response(c, agent, previous) if previous else None
     if found is None and main:
         found = store.find_by_chain(c, agent, conversation.pauses(_MAX_PAUSES))
@@ -166,11 +168,11 @@ def _unnamed(
     return store.open_unnamed(c, agent, "chain" if main else "side", now, one_in)
 
 
-def _usable(value: Any) -> str | None:
+def _usable(value: Any, longest: int = _MAX_EVIDENCE) -> str | None:
     if not isinstance(value, str):
         return None
     value = value.strip()
-    return value if 0 < len(value) <= _MAX_EVIDENCE else None
+    return value if 0 < len(value) <= longest else None
 
 
 def _says_yes(value: str | None) -> bool:

@@ -18,7 +18,7 @@ from metaclaw_hooks.types import Kind, Purpose, Sampling, SkillRef, Trace
 from metaclaw_plugin.errors import StoreError
 
 _FAST = 1  # zlib level: the text is written on the request path, and most of it compresses well at any level
-_LENGTHS = {"request_id": 64, "model": 200, "response_id": 200, "finish_reason": 32, "reason": 400}
+_LENGTHS = {"request_id": 64, "model": 200, "response_id": 1000, "finish_reason": 32, "reason": 400}
 
 
 def encode_trace(trace: Trace) -> dict[str, Any]:

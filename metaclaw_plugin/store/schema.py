@@ -117,7 +117,7 @@ traces = sa.Table(
     sa.Column("model", sa.String(200), nullable=False),
     sa.Column("adapter_version", sa.Integer, nullable=False),
     sa.Column("skill_generation", sa.Integer, nullable=False),
-    sa.Column("response_id", sa.String(200)),
+    sa.Column("response_id", sa.String(1000)),  # those of LiteLLM's Responses route are long
     sa.Column("finish_reason", sa.String(32)),
     sa.Column("started_at", sa.Float, nullable=False),
     sa.Column("first_token_at", sa.Float),
@@ -171,7 +171,7 @@ feedback = sa.Table(
     metadata,
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("agent", sa.String(63), nullable=False),
-    sa.Column("target", sa.String(200), nullable=False),  # trace id or response id
+    sa.Column("target", sa.String(1000), nullable=False),  # trace id or response id
     sa.Column("value", sa.Float, nullable=False),
     sa.Column("comment", sa.Text, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
