@@ -70,7 +70,10 @@ class LazyGroup(TyperGroup):
             return None
         app = importlib.import_module(f"{PACKAGE}.{entry.module}").app
         group = typer.main.get_group(app)
-        return group if entry.group else group.commands[cmd_name]
+        if not entry.group:
+            return group.commands[cmd_name]
+        group.help = group.help or entry.help
+        return group
 
 
 app = typer.Typer(
@@ -122,7 +125,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 def main() -> None:
     """Run the command line. An error that we raise is one line and exit code 1; Ctrl-C is 130."""
     try:
-        app()
+        app(prog_name="metaclaw")
     except (MetaclawError, HooksError) as error:
         sys.stderr.write(f"metaclaw: {' '.join(str(error).split())}\n")
     except ModuleNotFoundError as error:
