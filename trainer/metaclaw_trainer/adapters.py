@@ -28,11 +28,11 @@ class AdapterConfig:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # sorted
 
     @classmethod
     def of(cls, settings: TrainerSettings) -> AdapterConfig:
-        return cls(settings.rank, settings.alpha, tuple(settings.targets))
+        return cls(settings.rank, settings.alpha, tuple(sorted(settings.targets)))
 
     def to_peft(self, base_model: str) -> LoraConfig:
         config = LoraConfig(
@@ -48,7 +48,7 @@ class AdapterConfig:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha, "targets": sorted(self.targets)}
+        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Adapter:
             weight.grad = None
 
     def apply(self, options: OptimiserOptions) -> float:
-        """Clip, step, clear the gradient; returns its L2 norm before clipping. No step is taken if that is not finite."""
+        """Clip, step, clear the gradient; returns the norm before clipping. If that is not finite, no step is taken."""
         norm = float(nn.utils.clip_grad_norm_(self.weights, options.grad_clip, foreach=True))
         if math.isfinite(norm):
             for group in self.optimiser.param_groups:

@@ -293,7 +293,7 @@ class LoraEngine:
 
 def _inner(key: str) -> str:
     """PEFT's name of an adapter: never a part of its own prefix ``lora_``, which it would mistake for one."""
-    return f"agent-{key}"
+    return f"adapter-{key}"
 
 
 @contextmanager
