@@ -80,7 +80,7 @@ class Lesson:
     async def _serving(self, client: httpx.AsyncClient) -> int:
         reply = await client.get("/metaclaw/v1/status", headers={"Authorization": f"Bearer {self.key}"})
         reply.raise_for_status()
-        return int(next(one["serving"] for one in reply.json()["agents"] if one["agent"] == self.agent))
+        return int(next(one["adapter_version"] for one in reply.json()["agents"] if one["agent"] == self.agent))
 
     def curve(self) -> list[tuple[int, float]]:
         """(interactions, mean reward of the last ``WINDOW``) after every interaction from the first full window on."""
