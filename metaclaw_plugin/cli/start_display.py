@@ -13,7 +13,13 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from metaclaw_plugin.supervisor.child import Child
 from metaclaw_plugin.supervisor.state import ServiceState
 
-WORDS = {"starting": "starting", "ready": "ready", "waiting": "died, starts again soon", "stopped": "ended"}
+WORDS = {
+    "planned": "waiting",
+    "starting": "starting",
+    "ready": "ready",
+    "waiting": "died, starts again soon",
+    "stopped": "ended",
+}
 
 
 class StartDisplay:
@@ -62,7 +68,7 @@ class StartDisplay:
             return
         word = WORDS[state.phase]
         if not self._live:
-            if self._shown.get(state.name) != word:
+            if self._shown.get(state.name, WORDS["planned"]) != word:
                 seconds = time.monotonic() - self._began
                 self._console.print(f"{self._title.lower()}: {state.name} {word} ({seconds:.0f} s)", highlight=False)
             self._shown[state.name] = word

@@ -14,13 +14,15 @@ from metaclaw_plugin.status.why import TrainerView, why_not_training
 from metaclaw_plugin.supervisor.plan import reachable, trains
 from metaclaw_plugin.supervisor.state import Home, ServiceState, SupervisorState
 
+HEARTBEAT_DEAD = 12.0  # seconds without a heartbeat after which a worker does not count as running
+
 
 @dataclass(frozen=True)
 class ProcessStatus:
     """One process of the house."""
 
     name: str
-    state: str  # ready, starting, waiting (to be started again), stopped, down, unknown
+    state: str  # ready, starting, waiting (to be started again), stopped, down
     where: str  # URL, or empty
     detail: str = ""
     pid: int | None = None  # of its guard, when supervised
@@ -65,11 +67,11 @@ def collect(settings: Settings) -> Status:
         store = read_store(settings.store_url)
     except StoreError as error:
         problems.append(str(error))
-    processes = _processes(settings, supervisor, answers)
+    processes = _processes(settings, supervisor, answers, store.worker_at)
     by_name = {process.name: process for process in processes}
     trainer = _trainer_view(answers.get("trainer"))
     worker = by_name["worker"]
-    worker_problem = None if worker.state in ("ready", "starting", "unknown") else "does not run"
+    worker_problem = None if worker.state in ("ready", "starting") else "does not run"
     agents = tuple(_agent(agent, settings, trainer, worker_problem) for agent in store.agents)
     return Status(
         home=str(settings.home),
@@ -100,22 +102,31 @@ def _questions(settings: Settings) -> dict[str, Question]:
 
 
 def _processes(
-    settings: Settings, supervisor: SupervisorState | None, answers: dict[str, Answer]
+    settings: Settings, supervisor: SupervisorState | None, answers: dict[str, Answer], worker_at: float | None
 ) -> tuple[ProcessStatus, ...]:
     supervised = {service.name: service for service in supervisor.services} if supervisor else {}
     urls = {name: question.url for name, question in _questions(settings).items()}
     found = []
     for name in ("vllm", "trainer", "gateway", "worker"):
-        if name in supervised or name in answers or name == "worker":
+        if name in supervised or name in answers:
             found.append(_process(name, supervised.get(name), answers.get(name), urls.get(name, "")))
+    if "worker" not in supervised:
+        found.append(_lone_worker(worker_at))
     return tuple(found)
+
+
+def _lone_worker(at: float | None) -> ProcessStatus:
+    """A worker that `metaclaw start` did not start has no port; it is known by its heartbeat in the store."""
+    age = None if at is None else max(0.0, time.time() - at)
+    if age is not None and age < HEARTBEAT_DEAD:
+        return ProcessStatus("worker", "ready", "", f"last at work {age:.0f} s ago")
+    return ProcessStatus("worker", "down", "", "not running" if age is None else f"last at work {age:.0f} s ago")
 
 
 def _process(name: str, service: ServiceState | None, answer: Answer | None, url: str) -> ProcessStatus:
     if service is None:
-        if answer is None:  # a worker that somebody runs by itself has no port to ask at
-            return ProcessStatus(name, "unknown", url, "not started by `metaclaw start`")
-        return ProcessStatus(name, "ready" if answer.status is not None else "down", url, answer.problem or "")
+        up = answer is not None and answer.status is not None
+        return ProcessStatus(name, "ready" if up else "down", url, (answer.problem or "") if answer else "")
     state = service.phase
     detail = service.detail
     if state == "ready" and answer is not None and answer.problem is not None:

@@ -30,6 +30,7 @@ _VERDICTS = (
     f"(SELECT trainable, reason FROM traces WHERE agent = :agent ORDER BY seq DESC LIMIT {NEWEST}) newest "
     "GROUP BY trainable, reason"
 )
+_HEARTBEAT = "SELECT at FROM facts WHERE name = 'worker_heartbeat'"  # written by the worker every few seconds
 _COUNTERS = "SELECT name, label, value FROM counters ORDER BY name, label"
 
 
@@ -59,6 +60,7 @@ class StoreView:
 
     agents: tuple[StoredAgent, ...] = ()
     counters: tuple[tuple[str, str, int], ...] = ()  # name, label, value
+    worker_at: float | None = None  # when a worker was last at work, in seconds since the epoch
     empty: bool = False  # there is no store yet
 
 
@@ -143,4 +145,5 @@ def _view(query: Query) -> StoreView:
             )
         )
     counters = tuple((name, label, int(value)) for name, label, value in query(_COUNTERS))
-    return StoreView(tuple(agents), counters)
+    heartbeat = query(_HEARTBEAT)
+    return StoreView(tuple(agents), counters, float(heartbeat[0][0]) if heartbeat else None)

@@ -18,7 +18,6 @@ from metaclaw_plugin.supervisor.diagnosis import explain, meaningful, read_tail
 from metaclaw_plugin.supervisor.plan import Service
 from metaclaw_plugin.supervisor.state import ServiceState, created_at
 
-SETTLED = 3.0  # seconds after which a process without a port counts as ready
 STABLE = 60.0  # seconds of running after which the next death is not counted with the last one
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before a restart
 ROTATE = 20 * 2**20  # bytes of a log that are kept beside the new one
@@ -30,7 +29,7 @@ class Child:
     def __init__(self, service: Service, log: Path, life_fd: int) -> None:
         self.service = service
         self.log = log
-        self.state = ServiceState(service.name, "stopped", port=service.port)
+        self.state = ServiceState(service.name, "planned", port=service.port)
         self.was_ready = False
         self._life_fd = life_fd
         self._process: subprocess.Popen[bytes] | None = None
@@ -122,7 +121,8 @@ class Child:
     def _answers(self, http: httpx.Client) -> bool:
         url = self.service.ready_url
         if url is None:
-            return time.monotonic() - self._started >= SETTLED
+            line = self.service.ready_line
+            return line is None or line in read_tail(self.log, self._log_start)
         try:
             return http.get(url).status_code == 200
         except httpx.HTTPError:

@@ -45,7 +45,8 @@ _PREFIX = re.compile(
     r"^(?:\([^)]*\)\s*)*(?:(?:ERROR|CRITICAL|INFO|WARNING|DEBUG):?\s+[\d:. -]*)?(?:\[[^\]]+:\d+\]\s?)?"
 )
 _NOISE = re.compile(
-    r"^\s|^[\^~ ]*$|^Traceback \(most recent call last\)|resource_tracker|See root cause above|destroy_process_group|nanobind"
+    r"^\s|^[\^~ ]*$|^Traceback \(most recent call last\)|resource_tracker|See root cause above|destroy_process_group|"
+    r"nanobind"
 )
 
 

@@ -22,7 +22,8 @@ class Service:
     launch: Launch
     host: str = "127.0.0.1"
     port: int | None = None
-    ready_path: str | None = None  # answers 200 once it is ready; None: ready when it has stayed up for a while
+    ready_path: str | None = None  # answers 200 once it is ready
+    ready_line: str | None = None  # for a process without a port: stands in its log once it is ready
     start_timeout: float = 300.0  # seconds
     grace: float = 20.0  # seconds between SIGTERM and SIGKILL
     port_setting: str = ""  # what to change when the port is taken
@@ -128,7 +129,7 @@ def plan(settings: Settings, config: Path | None) -> list[Service]:
             port_setting="metaclaw.gateway.port",
         )
     )
-    services.append(Service("worker", worker_launch(settings, config)))
+    services.append(Service("worker", worker_launch(settings, config), ready_line="the worker runs"))
     return services
 
 

@@ -16,7 +16,7 @@ import psutil
 
 from metaclaw_plugin.errors import ProcessError
 
-Phase = Literal["starting", "ready", "waiting", "stopped"]
+Phase = Literal["planned", "starting", "ready", "waiting", "stopped"]
 
 
 @dataclass(frozen=True)

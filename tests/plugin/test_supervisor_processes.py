@@ -50,8 +50,9 @@ def server(tmp_path: Path, free_port: Callable[[], int]) -> Service:
 
 
 def noted(tmp_path: Path) -> list[int]:
-    """Process ids that servers noted, theirs and their children's."""
-    return [int(word) for word in (tmp_path / "notes").read_text().split()]
+    """Process ids that servers noted, theirs and their children's; none if no server came so far."""
+    notes = tmp_path / "notes"
+    return [int(word) for word in notes.read_text().split()] if notes.exists() else []
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -69,9 +70,8 @@ def running(pid: int) -> bool:
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test did, what it started is gone afterwards."""
     yield
-    if (tmp_path / "notes").exists():
-        for pid in noted(tmp_path):
-            wait_for(lambda pid=pid: not running(pid))
+    for pid in noted(tmp_path):
+        wait_for(lambda pid=pid: not running(pid))
 
 
 def test_a_start_ends_when_all_is_ready_and_stop_leaves_no_process(server: Service, home: Home, tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_kill_9_of_the_guard_does_not_leave_its_command_behind(
 def test_a_death_at_start_tells_the_last_meaningful_line_and_ends_the_others(
     server: Service, home: Home, tmp_path: Path
 ) -> None:
-    code = "import sys, time; time.sleep(0.5); print('INFO: x'); sys.exit('error: [Errno 28] No space left on device')"
-    broken = Service("broken", Launch((sys.executable, "-c", code)))
+    code = "import sys, time; time.sleep(1); print('INFO: x'); sys.exit('error: [Errno 28] No space left on device')"
+    broken = Service("broken", Launch((sys.executable, "-c", code)), ready_line="up")
     with Supervisor([server, broken], home, None) as supervisor:
         with pytest.raises(ProcessError) as caught:
             supervisor.start()
@@ -171,17 +171,15 @@ def test_a_death_at_start_tells_the_last_meaningful_line_and_ends_the_others(
     assert state.failure == message
 
 
-def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(home: Home, tmp_path: Path) -> None:
     code = f"""
         import os, signal, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         open({str(tmp_path / "notes")!r}, "w").write(str(os.getpid()))
+        print("up", flush=True)
         time.sleep(600)
     """
-    monkeypatch.setattr(child_module, "SETTLED", 0.3)
-    stubborn = Service("stubborn", Launch((sys.executable, "-c", textwrap.dedent(code))), grace=0.3)
+    stubborn = Service("stubborn", Launch((sys.executable, "-c", textwrap.dedent(code))), ready_line="up", grace=0.3)
     with Supervisor([stubborn], home, None) as supervisor:
         supervisor.start()
         (pid,) = noted(tmp_path)
@@ -190,7 +188,7 @@ def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(
 
 
 def test_a_command_that_is_not_there_fails_the_start(home: Home) -> None:
-    missing = Service("missing", Launch(("/nowhere/metaclaw-nothing",)))
+    missing = Service("missing", Launch(("/nowhere/metaclaw-nothing",)), ready_line="up")
     with (
         Supervisor([missing], home, None) as supervisor,
         pytest.raises(ProcessError, match="cannot start /nowhere/metaclaw-nothing: No such file"),
