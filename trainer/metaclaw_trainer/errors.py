@@ -87,6 +87,10 @@ class UnknownSessionError(TrainerError, LookupError):
     """No training session of that id is open here."""
 
 
+class TooManySessionsError(TrainerError):
+    """As many training sessions are open as may be."""
+
+
 class ConflictError(TrainerError):
     """What was asked does not fit the state that things are in."""
 

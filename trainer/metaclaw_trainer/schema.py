@@ -116,7 +116,7 @@ issued_paths = sa.Table(
     metadata,
     sa.Column("path", sa.String(600), primary_key=True),
     sa.Column("session_id", sa.String(64), nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),  # "weights" or "checkpoint"
-    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("caller", sa.String(63), nullable=False),  # name of the key that it was given to
+    sa.Column("kind", sa.String(16), nullable=False),  # "weights" or "checkpoints"
     sa.Column("at", sa.Float, nullable=False),
 )

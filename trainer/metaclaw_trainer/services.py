@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from metaclaw_hooks.plugins import Plugins
 
@@ -13,6 +12,7 @@ from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.metrics import Metrics
 from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.reconcile import Reconciler
+from metaclaw_trainer.runs import Runs
 from metaclaw_trainer.sample_queue import StoredQueue
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import Store
@@ -32,12 +32,9 @@ class Services:
     agents: AgentBook
     versions: StoredVersions
     engine: EngineThread
+    runs: Runs
     vllm: tuple[VllmClient, ...]
     reconciler: Reconciler
     plugins: Plugins
     metrics: Metrics
     device: str
-
-    @property
-    def folder(self) -> Path:
-        return self.settings.folder

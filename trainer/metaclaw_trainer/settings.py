@@ -92,6 +92,10 @@ class TrainerSettings(BaseModel):
         900.0, gt=0, description="Seconds after which a claimed batch that nobody finished is free again."
     )
     poll_interval: float = Field(0.5, gt=0, description="Seconds between looks into the queue when there is no work.")
+    max_sessions: int = Field(64, ge=1, description="Training sessions of the fork's wire that may be open at once.")
+    session_idle_seconds: float = Field(
+        86_400.0, gt=0, description="Seconds without a request after which such a session may be closed."
+    )
     max_body_mib: int = Field(64, ge=1, le=4096, description="Largest request body, in MiB.")
 
     # the loss

@@ -50,15 +50,16 @@ class StoredVersions:
         """In one transaction: list the version, make it the head, mark its samples trained.
 
         False, and nothing is changed, if the head was put back or a sample was recalled meanwhile, or if this process
-        no longer holds the samples. True for a version that is listed already.
+        no longer holds the samples. True for a version that is listed already, with the same weights.
         """
         with self._store.write() as c:
             ensure_agent(c, version.agent)
             query = sa.select(agents.c.head_generation).where(agents.c.name == version.agent)
             current = c.scalar(query.with_for_update())
-            listed = sa.exists().where(versions.c.agent == version.agent, versions.c.number == version.number)
-            if c.scalar(sa.select(listed)):
-                return True
+            mine = sa.and_(versions.c.agent == version.agent, versions.c.number == version.number)
+            listed = c.scalar(sa.select(versions.c.manifest).where(mine))
+            if listed is not None:
+                return bool(listed["sha256"] == version.sha256)
             held = sa.and_(
                 samples.c.id.in_(list(sample_ids)), samples.c.state == "claimed", samples.c.owner == self._owner
             )

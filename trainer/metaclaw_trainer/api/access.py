@@ -18,5 +18,5 @@ def services_of(request: Request) -> Services:
 
 
 def caller_of(request: Request) -> str:
-    """Id of the caller's key; empty while no key was made."""
+    """Name of the caller's key: who holds several of one name is one caller; empty while no key was made."""
     return cast(str, request.state.caller)

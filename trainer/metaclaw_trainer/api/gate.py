@@ -13,7 +13,7 @@ OPEN_PATHS = frozenset({"/v1/health"})
 
 
 class Gate:
-    """ASGI middleware. Puts ``caller`` (the key's id, ``""`` without keys) into the request's state."""
+    """ASGI middleware. Puts ``caller`` (the key's name, ``""`` without keys) into the request's state."""
 
     def __init__(self, app: ASGIApp, ring: KeyRing, max_body: int) -> None:
         self._app = app
@@ -59,7 +59,7 @@ class Gate:
         key = self._ring.find(secret.strip())
         if key is None:
             return 401, "this key was not made here, or was revoked", "invalid_key"
-        state["caller"] = key.id
+        state["caller"] = key.name
         return None
 
     def _counted(self, receive: Receive) -> Receive:

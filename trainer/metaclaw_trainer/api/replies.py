@@ -27,6 +27,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.ConflictError, 409, "conflict"),
     (errors.CheckpointRefusedError, 409, "checkpoint_refused"),
     (errors.NonFiniteError, 422, "non_finite"),
+    (errors.TooManySessionsError, 429, "too_many_sessions"),
     (errors.QueueFullError, 429, "queue_full"),
     (errors.OutOfMemoryError, 503, "out_of_memory"),
     (errors.EngineStoppedError, 503, "shutting_down"),

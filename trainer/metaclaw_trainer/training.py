@@ -1,0 +1,57 @@
+"""The threads that run beside the HTTP server: the training loop, and the heartbeat that says this process lives."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from metaclaw_trainer.errors import TrainerError
+from metaclaw_trainer.loop import TrainingLoop
+from metaclaw_trainer.owners import Owner
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class TrainingThread:
+    """Trains in the background until stopped."""
+
+    def __init__(self, loop: TrainingLoop, owner: Owner, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+        self._loop = loop
+        self._owner = owner
+        self._heartbeat = heartbeat
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._train, name="training", daemon=True),
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Take up no further batch; whether the running step, if any, has ended within ``timeout`` seconds."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def alive(self) -> bool:
+        """False once the training loop has ended, whatever ended it."""
+        return self._threads[0].is_alive()
+
+    def _train(self) -> None:
+        try:
+            self._loop.run(self._stop)
+        finally:
+            log.info("the training loop has ended")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat):
+            try:
+                self._owner.heartbeat()
+            except TrainerError as error:
+                log.error("no heartbeat: %s", error)
