@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from metaclaw_plugin.errors import ProcessError, StoreError
 from metaclaw_plugin.settings import Settings
@@ -142,7 +141,9 @@ def _trainer_view(answer: Answer | None) -> TrainerView:
         return TrainerView({}, "refuses our key: check metaclaw.rl.remote_api_key")
     if answer.problem is not None:
         return TrainerView({}, f"is {answer.problem}" if answer.problem == "not running" else answer.problem)
-    agents: list[dict[str, Any]] = answer.body.get("agents", []) if isinstance(answer.body, dict) else []
+    agents = answer.body.get("agents") if isinstance(answer.body, dict) else None
+    if not isinstance(agents, list) or not all(isinstance(agent, dict) for agent in agents):
+        return TrainerView({}, "gave an answer that cannot be read; is it of another version?")
     return TrainerView({str(agent.get("agent")): agent for agent in agents})
 
 
