@@ -73,3 +73,11 @@ class ExportError(MetaclawError):
 
 class TrainingNotStartedError(MetaclawError):
     """The trainer has nothing to train the agent on."""
+
+
+class SamplerUnavailableError(MetaclawError, ConnectionError):
+    """vLLM did not answer, or lacks an adapter for now; to be tried again."""
+
+
+class SamplerRefusedError(MetaclawError):
+    """vLLM answered, but not with what was asked for."""

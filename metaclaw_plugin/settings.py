@@ -78,10 +78,21 @@ class SkillSettings(Section):
     max_skills: int = Field(3, ge=0, le=20, description="Most skills injected for one message.")
     max_tokens: int = Field(1500, ge=0, description="Most tokens, about, that the skills for one message may cost.")
     min_relevance: float = Field(0.25, ge=0, description="Below this relevance a skill is not injected.")
+    retrieval: Literal["lexical", "embeddings", "fused"] = Field("lexical", description="How relevance is measured.")
+    embedder: Literal["model2vec", "onnx", "endpoint"] | None = Field(None, description="What makes sentence vectors.")
+    embedder_model: str | None = Field(None, description="Folder of the embedder's model, or its name at the endpoint.")
+    embedder_url: str | None = Field(None, description="Root URL of an embeddings endpoint, with /v1.")
+    embedder_api_key: str | None = Field(None, description="Its key; os.environ/NAME reads a variable.")
+    embedder_timeout: float = Field(1.0, gt=0, description="Seconds after which a selection goes on without vectors.")
     reload_interval: float = Field(1.0, gt=0, description="Seconds between looks for edited skill files.")
     withheld_share: float = Field(
         0.05, ge=0, le=0.5, description="Share of sessions that go without a given skill, to measure it; 0: none."
     )
+
+    @field_validator("embedder_api_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
 
 
 class RewardSettings(Section):
@@ -123,6 +134,12 @@ class PublishSettings(Section):
     """When a new adapter version may serve."""
 
     policy: Literal["always", "not_worse", "better"] = Field("not_worse", description="What a candidate must show.")
+    replays: int = Field(40, ge=0, le=1000, description="Held-out prompts that candidate and serving version answer.")
+    replay_max_tokens: int = Field(256, ge=1, description="Longest replayed answer, in tokens.")
+    replay_concurrency: int = Field(2, ge=1, le=64, description="Replays under way at once; traffic comes first.")
+    max_kl: float = Field(1.0, gt=0, description="Nats per token that a candidate may be away from the base model.")
+    min_distinct: float = Field(0.8, ge=0, le=1, description="Share of the serving version's distinct-2 to be kept.")
+    max_sanity_drop: float = Field(0.7, gt=0, description="Nats per token that plain answers may lose.")
     retry_interval: float = Field(5.0, gt=0, description="Seconds before what could not be loaded is tried again.")
     refresh_interval: float = Field(30.0, gt=0, description="Seconds after which the trainer is told again.")
     tool_loop_timeout: float = Field(

@@ -7,7 +7,7 @@ the trainer is asked to keep it loaded. Of an agent's serving versions one is on
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,10 +176,11 @@ def set_head(c: sa.Connection, agent: str, head: int | None) -> None:
         _put_route(c, agent, {"version": BASE_VERSION, "changed_at": time.time(), "head": head})
 
 
-def served_set(c: sa.Connection) -> list[str]:
+def served_set(c: sa.Connection, judging: Collection[str] = ()) -> list[str]:
     """Names of all versions that vLLM shall hold: the serving ones, and of each agent's candidates those in question.
 
-    A candidate is in question when the owner wished for it, or when it is its agent's newest; others are passed over.
+    A candidate is in question when the owner wished for it, when it is being judged (its name is in ``judging``), or
+    when it is its agent's newest; others are passed over.
     """
     newest: dict[str, int] = {}
     held = list_versions(c, states=(VersionState.CANDIDATE, VersionState.SERVING))
@@ -190,6 +191,7 @@ def served_set(c: sa.Connection) -> list[str]:
         for record in held
         if record.version.state is VersionState.SERVING
         or record.wish == WISH_SERVE
+        or record.version.name in judging
         or newest[record.version.agent] == record.version.number
     ]
 

@@ -12,21 +12,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import sqlalchemy as sa
 from metaclaw_hooks.types import AdapterVersion, VersionState
 from metaclaw_hooks.wire import ServedReply, VersionBody
-from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
-from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.adapters import VersionRecord
 from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.worker.evaluation import EvaluationContext
+from metaclaw_plugin.worker.gate import Gate
 from metaclaw_plugin.worker.heartbeats import HeartbeatWatch
+from metaclaw_plugin.worker.verdicts import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -39,46 +39,24 @@ class VersionTrainer(Protocol):
     async def set_head(self, agent: str, version: int) -> None: ...
 
 
-class PluginCalls(Protocol):
-    """The part of the plugins that publishing needs: ``(plugin name, result)`` of each that has an opinion."""
-
-    async def call(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]: ...
-
-
-class PublishContext(Protocol):
+class PublishContext(EvaluationContext, Protocol):
     """The part of the worker's context that publishing needs."""
 
     @property
-    def settings(self) -> Settings: ...
-    @property
-    def engine(self) -> Engine: ...
-    @property
-    def plugins(self) -> PluginCalls: ...
-    @property
     def trainer(self) -> VersionTrainer: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Whether a candidate may serve, in a sentence and in figures."""
-
-    accepted: bool
-    sentence: str
-    figures: Mapping[str, Any]
-
-    def stored(self) -> dict[str, Any]:
-        return {"accepted": self.accepted, "sentence": self.sentence, **self.figures}
 
 
 class Publisher:
     """Publishes for all agents. What it remembers between rounds may be lost: it is read or asked again."""
 
-    def __init__(self, ctx: PublishContext) -> None:
+    def __init__(self, ctx: PublishContext, gate: Gate | None = None) -> None:
         self._ctx = ctx
+        self._gate = gate or Gate(ctx)
         self._cursor = 0  # from the start at each start of the worker: entering a known version changes nothing
         self._watch = HeartbeatWatch(ctx.settings.publish.dead_after)
         self._asked: list[str] = []
         self._held: frozenset[str] = frozenset()
+        self._failed: dict[str, str] = {}
         self._asked_at = float("-inf")  # monotonic
 
     async def round(self) -> None:
@@ -96,6 +74,7 @@ class Publisher:
             await self._announce()
             await asyncio.to_thread(self._drain)
             await self._reconcile()
+        await asyncio.to_thread(self._note_problems, self._gate.problems | self._failed)
 
     async def _read_new(self) -> None:
         while bodies := await self._ctx.trainer.versions(self._cursor):
@@ -146,18 +125,18 @@ class Publisher:
             self._asked_at = float("-inf")
             raise
         self._held = frozenset(reply.held)
-        await asyncio.to_thread(self._note_problems, {refusal.id: refusal.reason for refusal in reply.failed})
+        self._failed = {refusal.id: refusal.reason for refusal in reply.failed}
 
     def _wanted(self) -> list[str]:
         with self._ctx.engine.connect() as c:
             candidates = store.list_versions(c, states=(VersionState.CANDIDATE,))
-            wanted = store.served_set(c)
+            wanted = store.served_set(c, self._gate.judging)
         if not candidates:
             return wanted
         with self._ctx.engine.begin() as c:
             for agent in {record.version.agent for record in candidates}:
-                _pass_over(c, agent)
-            return store.served_set(c)
+                _pass_over(c, agent, self._gate.judging)
+            return store.served_set(c, self._gate.judging)
 
     def _note_problems(self, failed: Mapping[str, str]) -> None:
         with self._ctx.engine.connect() as c:
@@ -173,29 +152,23 @@ class Publisher:
                     logger.warning("%s cannot be loaded: %s", record.version.name, reason)
 
     async def _judge(self) -> bool:
-        """Decide on every candidate that is held by every vLLM; whether there was one."""
+        """Settle every candidate that is held by every vLLM and has its verdict; whether there was one."""
 
-        def candidates() -> list[VersionRecord]:
+        def candidates() -> list[tuple[VersionRecord, int]]:
             with self._ctx.engine.connect() as c:
-                return store.list_versions(c, states=(VersionState.CANDIDATE,))
+                found = store.list_versions(c, states=(VersionState.CANDIDATE,))
+                return [(record, store.get_route(c, record.version.agent).version) for record in found]
 
-        found = [record for record in await asyncio.to_thread(candidates) if record.version.name in self._held]
-        for record in found:
-            decision = await self._decide(record)
-            await asyncio.to_thread(self._settle, record, decision)
-        return bool(found)
-
-    async def _decide(self, record: VersionRecord) -> Decision:
-        version = record.version
-        if record.wish == store.WISH_SERVE:
-            return Decision(True, f"v{version.number}: put in place by the owner", {"policy": "owner"})
-        policy = self._ctx.settings.publish.policy
-        evaluation: dict[str, Any] = {"policy": policy}
-        opinions = await self._ctx.plugins.call("accept_adapter", candidate=version, evaluation=evaluation)
-        vetoes = [plugin for plugin, opinion in opinions if opinion is False]
-        if vetoes:
-            return Decision(False, f"v{version.number}: vetoed by {', '.join(vetoes)}", evaluation | {"vetoes": vetoes})
-        return Decision(True, f"v{version.number}: serving, as the policy is {policy}", evaluation)
+        found = await asyncio.to_thread(candidates)
+        self._gate.keep_only([record.version.name for record, _ in found])
+        settled = False
+        for record, against in found:
+            if record.version.name in self._held:
+                decision = await self._gate.decide(record, against)
+                if decision is not None:
+                    await asyncio.to_thread(self._settle, record, decision)
+                    settled = True
+        return settled
 
     def _settle(self, record: VersionRecord, decision: Decision) -> None:
         """Flip the route to an accepted candidate, or send the trainer back to what serves; one transaction."""
@@ -204,9 +177,12 @@ class Publisher:
             now = store.get_version(c, version.agent, version.number)
             if now.version.state is not VersionState.CANDIDATE or now.wish != record.wish:
                 return  # another publisher, or the owner, was first
+            serving = store.get_route(c, version.agent).version
+            if decision.figures.get("against", serving) != serving:
+                return  # judged against a version that no longer serves: judged again
             if not decision.accepted:
                 store.set_state(c, version.agent, version.number, VersionState.REJECTED, decision.stored())
-                store.set_head(c, version.agent, store.get_route(c, version.agent).version)
+                store.set_head(c, version.agent, serving)
             else:
                 store.set_state(c, version.agent, version.number, VersionState.SERVING, decision.stored())
                 store.update_version(c, version.agent, version.number, wish=None, problem=None, announced_at=None)
@@ -251,8 +227,11 @@ class Publisher:
             logger.warning("gateway processes that ended without a word: %s", ", ".join(dead))
 
 
-def _pass_over(c: sa.Connection, agent: str) -> None:
-    """Settle the candidates that need no judging: older than the newest, or trained from what was rejected."""
+def _pass_over(c: sa.Connection, agent: str, judging: Collection[str]) -> None:
+    """Settle the candidates that need no judging: older than the newest, or trained from what was rejected.
+
+    One that is being judged (its name is in ``judging``) is judged to the end, however many newer ones there are.
+    """
     records = {record.version.number: record for record in store.list_versions(c, agent)}
     newest = max(records, default=0)
     for number, record in records.items():
@@ -262,7 +241,7 @@ def _pass_over(c: sa.Connection, agent: str) -> None:
         if fallen is not None:
             decision = Decision(False, f"v{number}: trained from v{fallen}, which was rejected", {})
             store.set_state(c, agent, number, VersionState.REJECTED, decision.stored())
-        elif number != newest:
+        elif number != newest and record.version.name not in judging:
             decision = Decision(False, f"v{number}: passed over for the newer v{newest}", {})
             store.set_state(c, agent, number, VersionState.RETIRED, decision.stored())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from metaclaw_hooks.types import Kind
 from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
@@ -94,6 +95,15 @@ class Plugins:
             return []
         return self.opinions
 
+    async def call_first(self, hook: str, /, **kwargs: Any) -> Any:
+        return None
+
+    def implementers(self, hook: str, agent: str | None = None) -> list[str]:
+        return []
+
+    def scores_lone_reply(self, name: str) -> bool | None:
+        return None
+
 
 @dataclass
 class Context:
@@ -101,6 +111,7 @@ class Context:
     engine: Engine
     trainer: Trainer
     plugins: Plugins
+    http: httpx.AsyncClient
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,13 @@ class Turn:
 @pytest.fixture
 def ctx(tmp_path: Path) -> Context:
     settings = Settings(home=tmp_path, publish=PublishSettings(policy="always", retry_interval=0.001))
-    return Context(settings, open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}"), Trainer(), Plugins())
+    return Context(
+        settings,
+        open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}"),
+        Trainer(),
+        Plugins(),
+        httpx.AsyncClient(verify=False),
+    )
 
 
 def states(ctx: Context, agent: str = "ada") -> dict[int, str]:
@@ -201,7 +218,8 @@ async def test_a_vetoed_version_is_rejected_and_the_trainer_goes_back(ctx: Conte
     with ctx.engine.connect() as c:
         decision = store.get_version(c, "ada", 2).decision
     assert decision is not None
-    assert decision["sentence"] == "v2: vetoed by guard"
+    assert decision["sentence"] == "v2: the policy is always, rejected: vetoed by guard"
+    assert decision["vetoes"] == ["guard"]
 
 
 async def test_a_trainer_that_is_down_stops_no_draining(ctx: Context) -> None:

@@ -1,0 +1,281 @@
+"""A candidate on trial: replayed against the serving version, and measured against the base model.
+
+The prompts are the agent's own held-out ones, never trained on. Both sides answer each prompt with the same seed and
+are scored by those of the agent's rewards that can score a lone reply. KL to the base model is estimated on the
+candidate's own replies as the mean of log p(candidate) - log p(base) per sampled token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import httpx
+import sqlalchemy as sa
+from metaclaw_hooks.names import version_name
+from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, Kind, Purpose, Sampling, Session, Trace, message_text
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.errors import SamplerRefusedError
+from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
+from metaclaw_plugin.settings import PublishSettings, Settings
+from metaclaw_plugin.store.codec import decode_trace
+from metaclaw_plugin.store.schema import sessions, traces
+from metaclaw_plugin.worker.combine import combine, weights_for
+from metaclaw_plugin.worker.modes import with_own
+from metaclaw_plugin.worker.sampling import Reply, Sampler
+from metaclaw_plugin.worker.sanity_set import SANITY_SET
+from metaclaw_plugin.worker.verdicts import Evaluation, distinct_2, paired_difference
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RewardPlugins(Protocol):
+    """The part of the plugins that an evaluation needs."""
+
+    async def call(
+        self, hook: str, /, *, only: Sequence[str] | None = None, **kwargs: Any
+    ) -> list[tuple[str, Any]]: ...
+    async def call_first(self, hook: str, /, **kwargs: Any) -> Any: ...
+    def implementers(self, hook: str, agent: str | None = None) -> list[str]: ...
+    def scores_lone_reply(self, name: str) -> bool | None: ...
+
+
+class EvaluationContext(Protocol):
+    """The part of the worker's context that an evaluation needs."""
+
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def plugins(self) -> RewardPlugins: ...
+    @property
+    def http(self) -> httpx.AsyncClient: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What both sides answered to one prompt."""
+
+    prompt: Trace
+    candidate: Reply
+    serving: Reply
+
+
+class Evaluator:
+    """Evaluates candidates of all agents."""
+
+    def __init__(self, ctx: EvaluationContext) -> None:
+        self._ctx = ctx
+        self._sampler = Sampler(ctx.http, ctx.settings.vllm.url)
+        self._base_sanity: float | None = None  # the base model does not change
+
+    async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation:
+        """Measure ``version`` against version ``against`` (0: the base model) of the same agent.
+
+        Raises:
+            SamplerUnavailableError: if vLLM does not answer; to be tried again later.
+            SamplerRefusedError: if vLLM answers, but not with what is needed.
+        """
+        judges = self._judges(version.agent)
+        replayed = await asyncio.to_thread(self._held_out, version.agent, settings.replays)
+        prompts = replayed or [_sanity_prompt(version, number) for number in range(len(SANITY_SET))]
+        pairs = await self._answer(prompts, version.name, _model(version.agent, against), settings)
+        if len(pairs) * 2 < len(prompts):
+            raise SamplerRefusedError(f"vLLM refused {len(prompts) - len(pairs)} of {len(prompts)} replayed prompts")
+        scores = await self._score(pairs, judges, version, against) if replayed and judges else []
+        distinct = distinct_2(_texts(p.candidate for p in pairs)), distinct_2(_texts(p.serving for p in pairs))
+        return Evaluation(
+            against=against,
+            difference=paired_difference([mine for mine, _ in scores], [other for _, other in scores]),
+            judged_by=tuple(judges),
+            replies=len(pairs),
+            kl=await self._kl(pairs, settings),
+            distinct=(distinct[0] or 0.0, distinct[1]) if distinct[1] is not None else None,
+            sanity=await self._sanity(version.name, settings),
+        )
+
+    def _judges(self, agent: str) -> list[str]:
+        weight = weights_for(self._ctx.settings.rewards, agent)
+        names = [name for name in self._ctx.plugins.implementers("score_trace", agent) if weight(name) > 0]
+        return [name for name in names if self._ctx.plugins.scores_lone_reply(name)]
+
+    def _held_out(self, agent: str, limit: int) -> list[Trace]:
+        """The agent's newest held-out traces with different prompts."""
+        query = (
+            sa.select(traces)
+            .join(sessions, sessions.c.id == traces.c.session)
+            .where(traces.c.agent == agent, traces.c.kind == Kind.MAIN.value, sessions.c.held_out)
+            .where(traces.c.purpose != Purpose.SUPPORT.value)
+            .order_by(traces.c.seq.desc())
+            .limit(4 * limit)
+        )
+        found: dict[str, Trace] = {}
+        with self._ctx.engine.connect() as c:
+            for row in c.execute(query).mappings():
+                trace = decode_trace(row)
+                found.setdefault(repr((trace.messages, trace.tools)), trace)
+                if len(found) == limit:
+                    break
+        return list(found.values())
+
+    async def _answer(
+        self, prompts: Sequence[Trace], candidate: str, serving: str, settings: PublishSettings
+    ) -> list[_Pair]:
+        async def both(prompt: Trace) -> _Pair | None:
+            seed = zlib.crc32(prompt.id.encode())
+            try:
+                mine = await self._sampler.reply(candidate, prompt, settings.replay_max_tokens, seed)
+                other = await self._sampler.reply(serving, prompt, settings.replay_max_tokens, seed)
+            except SamplerRefusedError:
+                return None  # too long for the model by now, say: left out on both sides
+            return _Pair(prompt, mine, other)
+
+        pairs = await _side_by_side(both, prompts, settings.replay_concurrency)
+        return [pair for pair in pairs if pair is not None]
+
+    async def _score(
+        self, pairs: Sequence[_Pair], judges: Sequence[str], version: AdapterVersion, against: int
+    ) -> list[tuple[float, float]]:
+        """Rewards of both sides for each prompt on which both got one."""
+
+        async def both(pair: _Pair) -> tuple[float | None, float | None]:
+            mine = await self._reward(pair.prompt, pair.candidate, version.number, judges)
+            return mine, await self._reward(pair.prompt, pair.serving, against, judges)
+
+        scored = await _side_by_side(both, pairs, 8)
+        return [(mine, other) for mine, other in scored if mine is not None and other is not None]
+
+    async def _reward(self, prompt: Trace, reply: Reply, number: int, judges: Sequence[str]) -> float | None:
+        trace = _replayed(prompt, reply, number)
+        session = Session(trace.session, trace.agent, trace.started_at, trace.finished_at, None, True, (trace,))
+        opinions = await self._ctx.plugins.call(
+            "score_trace", only=judges, trace=trace, next_trace=None, session=session
+        )
+        rewards = [reward for _, reward in opinions]
+        combined = await self._ctx.plugins.call_first("combine_rewards", trace=trace, rewards=rewards)
+        if combined is None:
+            return combine(rewards, weights_for(self._ctx.settings.rewards, trace.agent))
+        return float(combined)
+
+    async def _kl(self, pairs: Sequence[_Pair], settings: PublishSettings) -> float | None:
+        async def gaps(pair: _Pair) -> list[float]:
+            reply = pair.candidate
+            ids = (*reply.prompt_token_ids, *reply.token_ids)
+            base = await self._sampler.logprobs(BASE_MODEL_NAME, ids, len(reply.prompt_token_ids))
+            return [mine - other for mine, other in zip(reply.logprobs, base, strict=True)]
+
+        answered = [pair for pair in pairs if pair.candidate.token_ids]
+        found = [gap for gaps_ in await _side_by_side(gaps, answered, settings.replay_concurrency) for gap in gaps_]
+        return math.fsum(found) / len(found) if found else None
+
+    async def _sanity(self, model: str, settings: PublishSettings) -> tuple[float, float]:
+        async def mean(name: str) -> float:
+            async def one(item: tuple[str, str]) -> float:
+                question, answer = item
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                return await self._sampler.conversation_logprob(name, messages)
+
+            values = await _side_by_side(one, SANITY_SET, settings.replay_concurrency)
+            return math.fsum(values) / len(values)
+
+        if self._base_sanity is None:
+            self._base_sanity = await mean(BASE_MODEL_NAME)
+        return await mean(model), self._base_sanity
+
+
+def _model(agent: str, number: int) -> str:
+    return BASE_MODEL_NAME if number == BASE_VERSION else version_name(agent, number)
+
+
+def _replayed(prompt: Trace, reply: Reply, number: int) -> Trace:
+    """The trace as it would be if the reply had been given then."""
+    now = time.time()
+    return dataclasses.replace(
+        prompt,
+        id=f"replay-{prompt.id}",
+        adapter_version=number,
+        model=_model(prompt.agent, number),
+        response=reply.message,
+        finish_reason=reply.finish_reason,
+        prompt_token_ids=reply.prompt_token_ids,
+        response_token_ids=reply.token_ids,
+        response_logprobs=reply.logprobs,
+        response_id=None,
+        started_at=now,
+        first_token_at=None,
+        finished_at=now,
+        trainable=False,
+        reason="replay",
+        purpose=Purpose.HELD_OUT,
+    )
+
+
+def _sanity_prompt(version: AdapterVersion, number: int) -> Trace:
+    """A question of the fixed set as a trace, for an agent that has no held-out ones yet."""
+    return Trace(
+        id=f"sanity-{number}",
+        request_id=f"sanity-{number}",
+        agent=version.agent,
+        session="sanity",
+        turn=0,
+        exchange=0,
+        kind=Kind.MAIN,
+        route="chat",
+        model=version.name,
+        adapter_version=version.number,
+        messages=({"role": "user", "content": SANITY_SET[number][0]},),
+        tools=(),
+        response={"role": "assistant", "content": ""},
+        finish_reason=None,
+        prompt_token_ids=None,
+        response_token_ids=None,
+        response_logprobs=None,
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64),
+        skills=(),
+        skill_generation=0,
+        chat_template_hash=None,
+        response_id=None,
+        started_at=0.0,
+        first_token_at=None,
+        finished_at=0.0,
+        trainable=False,
+        reason="sanity",
+    )
+
+
+def _texts(replies: Iterable[Reply]) -> list[str]:
+    return [message_text(reply.message) for reply in replies]
+
+
+async def _side_by_side(work: Callable[[T], Awaitable[R]], items: Sequence[T], limit: int) -> list[R]:
+    """``work`` on each item, at most ``limit`` at once, in order; the first failure ends the others."""
+    gate = asyncio.Semaphore(limit)
+
+    async def one(item: T) -> R:
+        async with gate:
+            return await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(item)) for item in items]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]
+
+
+def evaluation_settings(settings: Settings, own: Mapping[str, Any]) -> PublishSettings:
+    """The gate of one agent: the global settings with the agent's own policy and bounds.
+
+    Raises:
+        ConfigError: if the agent's own cannot be used.
+    """
+    return with_own(settings.publish, own.get("publish"))

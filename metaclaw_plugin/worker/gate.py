@@ -1,0 +1,119 @@
+"""The gate: who judges a candidate, and when the verdict is ready.
+
+An evaluation takes a while, so each runs as a task of its own, one per agent, while publishing goes on for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from typing import Protocol
+
+from metaclaw_hooks.names import parse_version
+from metaclaw_hooks.types import AdapterVersion
+
+from metaclaw_plugin.errors import ConfigError, SamplerRefusedError, SamplerUnavailableError, UnknownAgentError
+from metaclaw_plugin.settings import PublishSettings
+from metaclaw_plugin.store.adapters import WISH_SERVE, VersionRecord
+from metaclaw_plugin.store.agents import get_record
+from metaclaw_plugin.worker.evaluation import EvaluationContext, Evaluator, evaluation_settings
+from metaclaw_plugin.worker.verdicts import Decision, Evaluation, decide
+
+logger = logging.getLogger(__name__)
+
+
+class Judge(Protocol):
+    """Measures a candidate."""
+
+    async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation: ...
+
+
+class Gate:
+    """Decides about candidates of all agents."""
+
+    def __init__(self, ctx: EvaluationContext, judge: Judge | None = None) -> None:
+        self._ctx = ctx
+        self._judge = judge or Evaluator(ctx)
+        self._tasks: dict[str, asyncio.Task[Decision]] = {}
+        self._not_before: dict[str, float] = {}  # monotonic
+        self.problems: dict[str, str] = {}  # version name -> why it cannot be judged for now
+
+    @property
+    def judging(self) -> frozenset[str]:
+        """Names of the versions that are being evaluated."""
+        return frozenset(self._tasks)
+
+    async def decide(self, record: VersionRecord, against: int) -> Decision | None:
+        """The verdict on a candidate that every vLLM holds; None: not ready yet, ask again in the next round."""
+        version = record.version
+        if record.wish == WISH_SERVE:
+            self._forget(version.name)
+            return Decision(True, f"v{version.number}: put in place by the owner", {"policy": "owner"})
+        task = self._tasks.get(version.name)
+        if task is None:
+            busy = any(parse_version(name)[0] == version.agent for name in self._tasks)
+            if busy or time.monotonic() < self._not_before.get(version.name, float("-inf")):
+                return None
+            settings = await asyncio.to_thread(self._settings_of, version.agent)
+            if settings.policy == "always":
+                decision = Decision(True, f"v{version.number}: the policy is always, serving", {"policy": "always"})
+                return await self._ask_plugins(version, decision)
+            self._tasks[version.name] = asyncio.create_task(self._evaluate(version, against, settings))
+            return None
+        if not task.done():
+            return None
+        del self._tasks[version.name]
+        try:
+            decision = task.result()
+        except (SamplerUnavailableError, SamplerRefusedError) as error:
+            logger.warning("%s cannot be judged and goes on waiting: %s", version.name, error)
+            self.problems[version.name] = f"cannot be judged: {error}"
+            self._not_before[version.name] = time.monotonic() + self._ctx.settings.publish.retry_interval
+            return None
+        self._forget(version.name)
+        return decision
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Give up on evaluations of versions that are no candidates any more."""
+        for name in [name for name in (self._tasks.keys() | self.problems.keys()) if name not in names]:
+            self._forget(name)
+
+    def close(self) -> None:
+        """Give up on all evaluations; they begin anew with the next worker."""
+        self.keep_only(())
+
+    async def _evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Decision:
+        started = time.monotonic()
+        decision = decide(version.number, await self._judge.evaluate(version, against, settings), settings)
+        figures = {**decision.figures, "seconds": round(time.monotonic() - started, 3)}
+        return await self._ask_plugins(version, Decision(decision.accepted, decision.sentence, figures))
+
+    async def _ask_plugins(self, version: AdapterVersion, decision: Decision) -> Decision:
+        """The same decision, unless it is to accept and a plugin vetoes."""
+        if not decision.accepted:
+            return decision
+        opinions = await self._ctx.plugins.call("accept_adapter", candidate=version, evaluation=decision.figures)
+        vetoes = [plugin for plugin, opinion in opinions if opinion is False]
+        if not vetoes:
+            return decision
+        sentence = f"{decision.sentence.removesuffix(', serving')}, rejected: vetoed by {', '.join(vetoes)}"
+        return Decision(False, sentence, {**decision.figures, "vetoes": vetoes})
+
+    def _settings_of(self, agent: str) -> PublishSettings:
+        with self._ctx.engine.connect() as c:
+            try:
+                return evaluation_settings(self._ctx.settings, get_record(c, agent).settings)
+            except UnknownAgentError:
+                return self._ctx.settings.publish
+            except ConfigError as error:
+                logger.warning("the gate of %s is the global one: %s", agent, error)
+                return self._ctx.settings.publish
+
+    def _forget(self, name: str) -> None:
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+        self.problems.pop(name, None)
+        self._not_before.pop(name, None)
