@@ -21,7 +21,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()  # the hash of a conversation in which n
 
 _SIDE_SYSTEM = ("Generate a concise session title", "You are a context summarization assistant")
 _SIDE_HUMAN = ("Follow the heartbeat monitor scratch context",)
-_SYSTEM_ROLES = {"system", "developer"}
+_SYSTEM_ROLES = ("system", "developer")  # a tuple: a client may send anything as a role
 _RUNTIME = re.compile(r"^Runtime: [^\n]*?\bsessionId=([^\s|]{1,200})", re.M)
 _THOUGHT = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.S)
 

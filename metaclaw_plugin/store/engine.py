@@ -69,10 +69,12 @@ def open_store(url: str) -> Engine:
 
 def insert_or_ignore(c: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> int:
     """Insert ``rows``; those whose key is taken are left as they are. Returns how many were new."""
+    key = next(iter(table.primary_key))
     inserted = 0
     for row in rows:
-        statement = dialect_insert(c, table).values(**row).on_conflict_do_nothing()
-        inserted += c.execute(statement).rowcount
+        # RETURNING, since the row count of such a statement is not to be had from every driver.
+        statement = dialect_insert(c, table).values(**row).on_conflict_do_nothing().returning(key)
+        inserted += c.execute(statement).first() is not None
     return inserted
 
 

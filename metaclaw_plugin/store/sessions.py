@@ -98,7 +98,7 @@ def is_held_out(session: str, one_in: int) -> bool:
 
 
 def find_by_chain(c: Connection, agent: str, hashes: Sequence[str]) -> str | None:
-    """The open session of ``agent`` that paused at one of ``hashes``, given longest first.
+    """The open session of ``agent`` that paused at one of ``hashes``, given longest first, and goes on from there now.
 
     Of several, the one whose newest answer ended there, and of these the one that has waited longest: conversations
     that began with the same words then each go on in a session of their own.
@@ -113,7 +113,11 @@ def find_by_chain(c: Connection, agent: str, hashes: Sequence[str]) -> str | Non
     )
     order = {digest: place for place, digest in enumerate(hashes)}
     rows = sorted(c.execute(query), key=lambda row: (order[row.hash], not row.tip, row.at))
-    return str(rows[0].session) if rows else None
+    if not rows:
+        return None
+    taken = sa.update(schema.chain).where(k.session == rows[0].session, k.tip.is_(True))
+    c.execute(taken.values(tip=False))
+    return str(rows[0].session)
 
 
 def find_by_response(c: Connection, agent: str, response_id: str) -> str | None:

@@ -18,7 +18,7 @@ from metaclaw_plugin.errors import UnknownSessionError, UnknownTraceError
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.codec import decode_trace, encode_trace
 from metaclaw_plugin.store.counters import count, read_counters
-from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.engine import insert_or_ignore
 
 STORED_BYTES = "stored_bytes"  # counter: bytes of each agent's traces in the store
 OVER_QUOTA = "traces_over_quota"  # counter: traces of each agent that were not stored for want of quota
@@ -97,8 +97,7 @@ def insert_traces(
             refused.append(row["id"])
             count(c, OVER_QUOTA, row["agent"])
             continue
-        statement = dialect_insert(c, schema.traces).values(**row).on_conflict_do_nothing(index_elements=["id"])
-        if not c.execute(statement).rowcount:
+        if not insert_or_ignore(c, schema.traces, [row]):
             known.append(row["id"])
             continue
         stored.append(row["id"])
