@@ -95,6 +95,52 @@ class SkillSettings(Section):
         return resolve_secret(value)
 
 
+class NextTurnSettings(Section):
+    """The built-in reward `next_turn`: what the user said next."""
+
+    positive: list[str] = Field(default_factory=list, description="Further words of praise, in any language.")
+    negative: list[str] = Field(default_factory=list, description="Further words that correct, in any language.")
+
+
+class LengthSettings(Section):
+    """The built-in reward `length`."""
+
+    max_tokens: int | None = Field(None, ge=1, description="Tokens that an answer may have; set: the reward is on.")
+
+
+class VerifierSettings(Section):
+    """The built-in reward `verifier`: a command or callable of the owner's."""
+
+    command: list[str] = Field(default_factory=list, description="Command; reads the trace as JSON; set: it is on.")
+    function: str | None = Field(None, description="package.module:function, instead of a command.")
+    timeout: float = Field(20.0, gt=0, description="Seconds that one run may take.")
+    concurrency: int = Field(4, ge=1, description="Runs at the same time.")
+
+
+class JudgeSettings(Section):
+    """The built-in reward `judge`: a model reads the reply and what followed."""
+
+    model: str | None = Field(None, description="Model that judges, as the gateway names it; set: the judge is on.")
+    url: str | None = Field(None, description="OpenAI-compatible root URL ending in /v1; unset: our gateway.")
+    api_key: str | None = Field(None, description="Key for `url`; os.environ/NAME reads a variable.")
+    rubric: str | None = Field(None, description="What a good answer is, in your words; unset: a general rubric.")
+    votes: int = Field(3, ge=1, le=15, description="Times that each reply is judged; the majority counts.")
+    temperature: float = Field(0.6, ge=0, le=2, description="Sampling temperature of the votes.")
+    max_tokens: int = Field(512, ge=16, description="Tokens of one vote.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one vote's answer.")
+    retries: int = Field(3, ge=0, le=10, description="Further tries of a vote after an error or 429.")
+    concurrency: int = Field(8, ge=1, le=512, description="Votes under way at the same time.")
+    daily_calls: int | None = Field(2000, ge=0, description="Most calls a day (UTC); null: no limit.")
+    daily_cost: float | None = Field(None, ge=0, description="Most US dollars a day (UTC); null: no limit.")
+    input_price: float = Field(0.0, ge=0, description="US dollars per million input tokens, if not told.")
+    output_price: float = Field(0.0, ge=0, description="US dollars per million output tokens, likewise.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
+
+
 class RewardSettings(Section):
     """Built-in rewards and how opinions are combined."""
 
@@ -104,6 +150,14 @@ class RewardSettings(Section):
     per_agent: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(
         default_factory=dict, description="Weights for one agent alone, by agent and plugin; they go before `weights`."
     )
+    next_turn: NextTurnSettings = NextTurnSettings()
+    length: LengthSettings = LengthSettings()
+    verifier: VerifierSettings = VerifierSettings()
+    judge: JudgeSettings = JudgeSettings()
+    session_credit: Literal["discounted", "undiscounted", "per_turn"] = Field(
+        "discounted", description="How a reward for a whole session is spread over its turns."
+    )
+    session_discount: float = Field(0.9, gt=0, le=1, description="Factor for each turn back from the session's last.")
 
 
 class HookSettings(Section):

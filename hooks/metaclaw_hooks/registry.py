@@ -125,6 +125,16 @@ class Registry:
         said = getattr(bound[0].plugin.target, "SCORES_LONE_REPLY", None)
         return said if isinstance(said, bool) else bound[0].arguments <= {"trace"}
 
+    def reads_what_followed(self, name: str) -> bool:
+        """Whether plugin ``name`` scores better, or only, once it is known what came after a reply."""
+        bound = [b for b in self._table.get("score_trace", ()) if b.plugin.name == name]
+        return any(b.arguments & {"next_trace", "session"} for b in bound) or self.scores_lone_reply(name) is False
+
+    def scores_session(self, name: str) -> bool:
+        """Whether ``score_trace`` of plugin ``name`` rewards a whole session, shown its last trace."""
+        plugin = self._plugins.get(name)
+        return plugin is not None and getattr(plugin.target, "SCORES_SESSION", False) is True
+
     def implementers(self, hook: str, agent: str | None = None) -> list[str]:
         """Names of the plugins that would be called for ``hook`` (and ``agent``), in order."""
         return [b.plugin.name for b in self.bound(hook, agent)]

@@ -1,13 +1,13 @@
 """Bodies that worker and trainer exchange over HTTP. Unknown fields are refused.
 
-    worker ── POST /v1/samples ─────────────► trainer     samples, at least once, idempotent by id
-    worker ── POST /v1/samples/recall ──────► trainer     forget traces (deleted by their owner)
-    worker ── PUT  /v1/agents/{agent} ──────► trainer     may it train now, and how
-    worker ◄─ GET  /v1/agents ───────────── trainer      queue, step, why nothing is training
-    worker ◄─ GET  /v1/versions?after=… ─── trainer      new versions, in order
-    worker ── PUT  /v1/served ──────────────► trainer     the set of versions that vLLM shall hold
-    worker ── POST /v1/agents/{agent}/head ─► trainer     a candidate was rejected: go back
-    worker ── POST /v1/agents/{agent}/train ► trainer     take a step now with what is queued
+worker ── POST /v1/samples ─────────────► trainer     samples, at least once, idempotent by id
+worker ── POST /v1/samples/recall ──────► trainer     forget traces (deleted by their owner)
+worker ── PUT  /v1/agents/{agent} ──────► trainer     may it train now, and how
+worker ◄─ GET  /v1/agents ───────────── trainer      queue, step, why nothing is training
+worker ◄─ GET  /v1/versions?after=… ─── trainer      new versions, in order
+worker ── PUT  /v1/served ──────────────► trainer     the set of versions that vLLM shall hold
+worker ── POST /v1/agents/{agent}/head ─► trainer     a candidate was rejected: go back
+worker ── POST /v1/agents/{agent}/train ► trainer     take a step now with what is queued
 """
 
 from __future__ import annotations
