@@ -9,14 +9,19 @@ import httpx
 from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
 from metaclaw_plugin.capture.transport import TapTransport
+from metaclaw_plugin.gateway.healing import HealingTransport
+from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.routing import UPSTREAM
+from metaclaw_plugin.gateway.runtime import process_gateway
 
 
 @cache
 def tapped_client() -> Any:
-    """LiteLLM's HTTP client with our tap around the transport that it would use anyway; one per process."""
-    inner = AsyncHTTPHandler.create_async_transport()
-    return AsyncHTTPHandler(transport=TapTransport(inner if inner is not None else httpx.AsyncHTTPTransport()))
+    """LiteLLM's HTTP client, with our tap and our help around the transport that it would use; one per process."""
+    network = AsyncHTTPHandler.create_async_transport() or httpx.AsyncHTTPTransport()
+    gateway = process_gateway()
+    healing = HealingTransport(network, this_process().engine, gateway.in_flight, gateway.metrics.count)
+    return AsyncHTTPHandler(transport=TapTransport(healing))
 
 
 def is_listed(model: str) -> bool:
