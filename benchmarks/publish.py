@@ -1,0 +1,362 @@
+"""Publishing under load: real gateway, worker, trainer and vLLM, and adapters that betray which version spoke.
+
+    python -m benchmarks.publish [--publishes 200] [--agents 8] [--streams 16] [--json FILE]
+
+Versions are committed to the trainer's list as its training loop commits them; everything after that is the product.
+Streams ask without a pause, at temperature 0, and every reply is held against the version that its header names. First
+comes a phase without publishing, which says what gaps between chunks are normal here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from metaclaw_hooks.types import AdapterVersion, Mode
+from metaclaw_trainer.store import open_store as open_trainer_store
+from metaclaw_trainer.versions import StoredVersions
+
+from benchmarks.telltale import Telltale, TelltaleMaker
+from demo.models import ROOT, model_path
+from demo.stage import free_ports
+from metaclaw_plugin.store.agents import add_agent, new_key
+from metaclaw_plugin.store.engine import open_store
+
+VERSION_HEADER = "x-metaclaw-adapter"
+REPLY_TOKENS = 24
+QUIET_SECONDS = 30.0
+PUBLISH_TIMEOUT = 60.0
+PARTS = {"vllm": "vllm", "VLLM": "vllm", "litellm": "gateway", "metaclaw_trainer": "trainer", "worker": "worker"}
+
+
+@dataclass
+class Stage:
+    """One home with its processes' addresses."""
+
+    home: Path
+    config: Path
+    gateway: str
+    vllm: str
+    keys: dict[str, str]
+
+    @property
+    def trainer_home(self) -> Path:
+        return self.home / "trainer"
+
+
+@dataclass
+class Tally:
+    """What the streams saw."""
+
+    replies: int = 0
+    failed: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # a word that the named version does not speak
+    gaps: list[float] = field(default_factory=list)  # seconds between two chunks of one reply
+    first: list[float] = field(default_factory=list)  # seconds to a reply's first word
+
+
+def set_stage(folder: Path, model: Path, agents: int) -> Stage:
+    """Write the configuration, and add the agents with a key each."""
+    gateway, trainer, vllm = free_ports(3)
+    home = folder / "home"
+    config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
+    config["metaclaw"] = {
+        "home": str(home),
+        "mode": "skills_only",  # nothing is trained: versions come from here
+        "base_model": str(model),
+        "gateway": {"port": gateway},
+        "publish": {"policy": "always"},
+        "skills": {"starter": False},
+        "vllm": {"url": f"http://127.0.0.1:{vllm}", "dtype": "float32", "max_model_len": 1024, "cpu_cores": "0-1"},
+        "rl": {"remote_url": f"http://127.0.0.1:{trainer}"},
+        "trainer": {"dtype": "float32"},
+    }
+    for deployment in config["model_list"]:
+        if deployment["model_name"] == "metaclaw/*":
+            deployment["litellm_params"]["api_base"] = f"http://127.0.0.1:{vllm}/v1"
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    engine = open_store(f"sqlite:///{home / 'metaclaw.db'}")
+    keys = {}
+    with engine.begin() as c:
+        for number in range(agents):
+            name = f"agent-{number}"
+            add_agent(c, name, Mode.SKILLS_ONLY)
+            keys[name] = new_key(c, [name]).secret
+    engine.dispose()
+    return Stage(home, path, f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{vllm}", keys)
+
+
+@contextmanager
+def running(stage: Stage) -> Iterator[subprocess.Popen[str]]:
+    """``metaclaw start`` until the block ends."""
+    command = [sys.executable, "-m", "metaclaw_plugin.cli.main", "start", "--config", str(stage.config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Ready"):
+                break
+        else:
+            raise SystemExit(f"metaclaw start ended with {process.wait()}; its logs are in {stage.home / 'logs'}")
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+class Streams:
+    """Clients that ask without a pause until they are stopped."""
+
+    def __init__(self, stage: Stage, spoken: dict[str, Telltale]) -> None:
+        self._stage = stage
+        self._spoken = spoken
+        self.tally = Tally()
+        self.seen: dict[str, float] = {}  # version -> when its first word came
+        self._http = httpx.AsyncClient(base_url=stage.gateway, timeout=120, trust_env=False)
+
+    async def run(self, count: int, stop: asyncio.Event) -> None:
+        names = list(self._stage.keys)
+        async with self._http, asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(self._client(names[number % len(names)], number, stop))
+
+    async def _client(self, agent: str, number: int, stop: asyncio.Event) -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            prompt = f"Stream {number} of {agent}, question {turn}: tell me something."
+            try:
+                await self.ask(agent, prompt, REPLY_TOKENS)
+            except httpx.HTTPError as error:
+                self.tally.failed.append(f"{agent}: {type(error).__name__} {error}")
+
+    async def ask(self, agent: str, prompt: str, tokens: int) -> str:
+        """One streamed reply; returns the version that its header names."""
+        tally, words = self.tally, []
+        body = {
+            "model": f"metaclaw/{agent}",
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        headers = {"authorization": f"Bearer {self._stage.keys[agent]}"}
+        started = last = time.perf_counter()
+        async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            if answer.status_code != 200:
+                tally.failed.append(f"{agent}: {answer.status_code} {(await answer.aread())[:200]!r}")
+                return ""
+            version = answer.headers[VERSION_HEADER]
+            done = False
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                done = line == "data: [DONE]"
+                choices = [] if done else json.loads(line[6:]).get("choices", [])
+                text = choices[0]["delta"].get("content") if choices else None
+                if not text:
+                    continue
+                now = time.perf_counter()
+                if words:
+                    tally.gaps.append(now - last)
+                else:
+                    tally.first.append(now - started)
+                    self.seen.setdefault(version, now)
+                words.append(text)
+                last = now
+        self._check(agent, version, "".join(words), done)
+        return version
+
+    def _check(self, agent: str, version: str, text: str, done: bool) -> None:
+        self.tally.replies += 1
+        if not done:
+            self.tally.failed.append(f"{agent}: the stream of {version} broke off")
+        if version == f"{agent}@v0":  # the base model
+            if any(telltale.speaks(text) for telltale in self._spoken.values()):
+                self.tally.wrong.append(f"the base model spoke as an adapter: {text[:80]!r}")
+        elif not version.startswith(f"{agent}@v") or not self._spoken[version].speaks(text):
+            self.tally.wrong.append(f"{agent} was told {version}, and heard {text[:80]!r}")
+
+
+class Publishing:
+    """Commits versions as the training loop does, and waits until each one answers."""
+
+    def __init__(self, stage: Stage, maker: TelltaleMaker, spoken: dict[str, Telltale]) -> None:
+        self._stage, self._maker, self._spoken = stage, maker, spoken
+        self._store = open_trainer_store(f"sqlite:///{stage.trainer_home / 'queue.db'}")
+        self._versions = StoredVersions(self._store, "benchmark")
+        self.seconds: list[float] = []  # from commit to the first word by the new version
+
+    async def publish(self, agent: str, streams: Streams) -> None:
+        """One more version of ``agent``; returns when a reply by it has begun."""
+        head = self._versions.head(agent)
+        number = head.newest + 1
+        name = f"{agent}@v{number}"
+        telltale = self._maker.make(f"{agent}-v{number}")
+        self._spoken[name] = telltale
+        version = AdapterVersion(
+            agent=agent,
+            number=number,
+            base_model=str(self._maker.model),
+            parent=head.head,
+            trace_ids=(),
+            step=number,
+            metrics={},
+            sha256=telltale.sha256,
+            libraries={},
+            path=str(telltale.path),
+            created_at=time.time(),
+        )
+        started = time.perf_counter()
+        if not await asyncio.to_thread(self._versions.commit, version, [], head.generation):
+            raise SystemExit(f"the trainer did not list {name}")
+        turn = 0
+        while name not in streams.seen:
+            turn += 1
+            await streams.ask(agent, f"Probe {turn} for {name}.", 2)
+            if time.perf_counter() - started > PUBLISH_TIMEOUT:
+                raise SystemExit(f"{name} did not answer within {PUBLISH_TIMEOUT:.0f} s")
+        self.seconds.append(streams.seen[name] - started)
+
+
+def memory(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Resident MiB of the parts, by a word of their command lines."""
+    found: dict[str, float] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            line, size = " ".join(child.cmdline()), child.memory_info().rss / 2**20
+        except psutil.Error:
+            continue
+        words = {
+            "vllm": "vllm",
+            "VLLM": "vllm",
+            "litellm": "gateway",
+            "metaclaw_trainer": "trainer",
+            "worker": "worker",
+        }
+        part = next((part for word, part in words.items() if word in line), "other")
+        found[part] = found.get(part, 0.0) + size
+    return found
+
+
+async def measure(stage: Stage, process: subprocess.Popen[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Both phases; the report."""
+    maker = TelltaleMaker(Path(options.model), stage.trainer_home / "telltale")
+    spoken: dict[str, Telltale] = {}
+    quiet = Streams(stage, spoken)
+    stop = asyncio.Event()
+    task = asyncio.create_task(quiet.run(options.streams, stop))
+    await asyncio.sleep(options.quiet)
+    stop.set()
+    await task
+    print(f"without publishing: {quiet.tally.replies} replies, {len(quiet.tally.failed)} failed", flush=True)
+    busy, stop = Streams(stage, spoken), asyncio.Event()
+    task = asyncio.create_task(busy.run(options.streams, stop))
+    publishing = Publishing(stage, maker, spoken)
+    agents = list(stage.keys)
+    sizes: list[dict[str, float]] = []
+    started = time.perf_counter()
+    try:
+        for number in range(options.publishes):
+            await publishing.publish(agents[number % len(agents)], busy)
+            if number % max(1, options.publishes // 20) == 0:
+                sizes.append(memory(process))
+                print(
+                    f"{number + 1} published, {busy.tally.replies} replies, {len(busy.tally.failed)} failed, "
+                    f"{len(busy.tally.wrong)} wrong, last in {publishing.seconds[-1]:.2f} s",
+                    flush=True,
+                )
+    finally:
+        stop.set()
+        await task
+    sizes.append(memory(process))
+    async with httpx.AsyncClient(trust_env=False) as http:
+        loaded = [m["id"] for m in (await http.get(f"{stage.vllm}/v1/models")).json()["data"]]
+    return report(quiet.tally, busy.tally, publishing.seconds, sizes, time.perf_counter() - started, loaded)
+
+
+def report(
+    quiet: Tally, busy: Tally, seconds: list[float], sizes: list[dict[str, float]], wall: float, loaded: list[str]
+) -> dict[str, Any]:
+    """Figures as JSON."""
+    return {
+        "publishes": len(seconds),
+        "seconds": round(wall, 1),
+        "replies": busy.replies,
+        "failed": busy.failed[:20],
+        "failed_count": len(busy.failed) + len(quiet.failed),
+        "wrong": busy.wrong[:20],
+        "wrong_count": len(busy.wrong) + len(quiet.wrong),
+        "publish_seconds": spread(seconds),
+        "gap_without": spread(quiet.gaps),
+        "gap_with": spread(busy.gaps),
+        "first_word_without": spread(quiet.first),
+        "first_word_with": spread(busy.first),
+        "memory_mib": {"after_first": sizes[0], "half_way": sizes[len(sizes) // 2], "at_the_end": sizes[-1]},
+        "loaded_at_the_end": len(loaded) - 1,
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 99th and 99.9th percentile and maximum, in seconds."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)
+
+    return {"median": round(statistics.median(ordered), 4), "p99": at(0.99), "p99.9": at(0.999), "max": at(1.0)}
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """The report for people."""
+    for name in ("publish_seconds", "gap_without", "gap_with", "first_word_without", "first_word_with"):
+        row = found[name]
+        print(f"{name:<20}" + "".join(f"{key} {value:8.3f} s   " for key, value in row.items()))
+    print(f"replies {found['replies']}, failed {found['failed_count']}, by a wrong version {found['wrong_count']}")
+    for when, sizes in found["memory_mib"].items():
+        print(f"memory {when:<12}" + "".join(f"{part} {size:7.0f} MiB   " for part, size in sorted(sizes.items())))
+    print(f"adapters loaded at the end: {found['loaded_at_the_end']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--publishes", type=int, default=200)
+    parser.add_argument("--agents", type=int, default=8)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--quiet", type=float, default=QUIET_SECONDS, help="seconds of the phase without publishing")
+    parser.add_argument("--model", type=Path, default=None, help="a small Llama with tied embeddings; unset: tiny")
+    parser.add_argument("--json", type=Path, help="write the report there")
+    options = parser.parse_args()
+    options.model = options.model or model_path("tiny")
+    with tempfile.TemporaryDirectory(prefix="metaclaw-publish-") as folder:
+        stage = set_stage(Path(folder), options.model, options.agents)
+        with running(stage) as process:
+            found = asyncio.run(measure(stage, process, options))
+    print_table(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    if found["failed_count"] or found["wrong_count"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

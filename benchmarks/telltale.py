@@ -1,0 +1,102 @@
+"""Adapters that betray themselves: a version answers with two words of its own and no others.
+
+The last layer's ``down_proj`` gets a huge update along ``e(a) - e(b)``, the difference of two token embeddings.
+Whatever stood in the residual stream before, what is left after the last norm is that direction or its opposite: at
+temperature 0 every token is either ``a`` or ``b`` (the model's embeddings are tied). A reply in which a third word
+occurs was not spoken by this version alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+LOUDNESS = 1e5  # how much larger than anything else the update is
+RANK = 16
+MARGIN = 1.0  # nats between a version's word and the next best token
+
+
+@dataclass(frozen=True, slots=True)
+class Telltale:
+    """An adapter folder and the two token ids that it speaks."""
+
+    path: Path
+    tokens: frozenset[int]
+    words: frozenset[str]
+    sha256: str
+
+    def speaks(self, text: str) -> bool:
+        """Whether ``text`` is of these two words alone."""
+        spoken = text.split()
+        return bool(spoken) and set(spoken) <= self.words
+
+
+@dataclass
+class TelltaleMaker:
+    """Makes adapters for a small Llama with tied embeddings; no two speak the same word."""
+
+    model: Path
+    folder: Path
+    _pairs: Iterator[tuple[int, int, str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        self._layers: int = config["num_hidden_layers"]
+        self._width: int = config["intermediate_size"]
+        self._embedding = load_file(self.model / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
+        self._pairs = self._find_pairs()
+
+    def make(self, name: str) -> Telltale:
+        """Write one more adapter to ``folder / name``.
+
+        Raises:
+            StopIteration: when the vocabulary is used up.
+        """
+        first, second, *words = next(self._pairs)
+        direction = self._embedding[first] - self._embedding[second]
+        up = np.zeros((len(direction), RANK), np.float32)
+        up[:, 0] = LOUDNESS * direction
+        down = np.zeros((RANK, self._width), np.float32)
+        down[0] = np.random.default_rng(first).standard_normal(self._width)
+        prefix = f"base_model.model.model.layers.{self._layers - 1}.mlp.down_proj"
+        target = self.folder / name
+        target.mkdir(parents=True)
+        file = target / "adapter_model.safetensors"
+        save_file({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}, file, {"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(self.model),
+            "r": RANK,
+            "lora_alpha": RANK,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": ["down_proj"],
+            "inference_mode": True,
+        }
+        (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        return Telltale(target, frozenset((first, second)), frozenset(words), digest)
+
+    def _find_pairs(self) -> Iterator[tuple[int, int, str, str]]:
+        vocabulary = json.loads((self.model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        words = {i: text[1:] for text, i in vocabulary.items() if len(text) > 4 and text[0] == "Ġ" and _plain(text[1:])}
+        ids = sorted(words)
+        np.random.default_rng(0).shuffle(ids)
+        for first, second in zip(ids[::2], ids[1::2], strict=False):
+            direction = self._embedding[first] - self._embedding[second]
+            logits = self._embedding @ (direction / np.sqrt(np.mean(direction**2)))
+            order = np.argsort(logits)
+            clear = min(logits[order[-1]] - logits[order[-2]], logits[order[1]] - logits[order[0]])
+            if (int(order[-1]), int(order[0])) == (first, second) and clear > MARGIN:
+                yield first, second, words[first], words[second]
+
+
+def _plain(text: str) -> bool:
+    return text.isascii() and text.isalpha() and text.islower()
