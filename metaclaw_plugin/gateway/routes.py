@@ -7,6 +7,7 @@ is answered like what does not exist.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -165,7 +166,7 @@ def _add_reading(router: APIRouter, caller: Any, ask: Ask, process: Callable[[],
         return reply
 
     @router.get("/traces/{trace_id}", summary="One trace with its rewards")
-    async def trace(trace_id: Annotated[str, Path(max_length=200)], auth: Any = caller) -> dict[str, Any]:
+    async def trace(trace_id: Annotated[str, Path(max_length=200)], auth: Any = caller) -> Response:
         def work(c: Connection, identity: Identity) -> dict[str, Any]:
             for agent in identity.agents:
                 found = find_trace(c, agent, trace_id)
@@ -173,8 +174,8 @@ def _add_reading(router: APIRouter, caller: Any, ask: Ask, process: Callable[[],
                     return stored_json(get_stored(c, found))
             raise UnknownTraceError(f"no trace {trace_id[:80]!r} of yours")
 
-        record: dict[str, Any] = await ask(auth, work)
-        return record
+        # ASCII, since a client may have sent half a surrogate pair, which UTF-8 cannot hold.
+        return Response(json.dumps(await ask(auth, work)), media_type="application/json")
 
     @router.get("/status", summary="How the caller's agents are doing")
     async def status(auth: Any = caller) -> StatusReply:
