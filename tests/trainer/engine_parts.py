@@ -13,10 +13,11 @@ from metaclaw_trainer.settings import TrainerSettings
 
 
 def tiny_settings(model: Path, home: Path, **others: object) -> TrainerSettings:
-    return TrainerSettings(
-        base_model=str(model), home=home, device="cpu", dtype="float32", rank=4, nice=0, torch_threads=1,
-        **{"targets": ["q_proj", "v_proj", "down_proj"], "learning_rate": 1e-3, **others},  # type: ignore[arg-type]
-    )  # fmt: skip
+    values = {
+        "base_model": str(model), "home": home, "device": "cpu", "dtype": "float32", "rank": 4, "nice": 0,
+        "torch_threads": 1, "targets": ["q_proj", "v_proj", "down_proj"], "learning_rate": 1e-3,
+    }  # fmt: skip
+    return TrainerSettings.model_validate(values | others)
 
 
 def random_sample(

@@ -65,7 +65,7 @@ class LoraEngine:
 
     # adapters in and out
 
-    def keys(self) -> list[str]:
+    def adapters(self) -> list[str]:
         """Keys of all adapters, paged out or not."""
         return sorted([*self._hot, *self._paged])
 
