@@ -49,6 +49,10 @@ class StoreSettings(Section):
 
     url: str | None = Field(None, description="SQLAlchemy URL; unset: SQLite in METACLAW_HOME.")
     max_bytes: int | None = Field(None, ge=1, description="Stored bytes of traces beyond which no more are kept.")
+    keep_days: float | None = Field(None, gt=0, description="Age at which traces are deleted; unset: never.")
+    keep_bytes: int | None = Field(
+        None, ge=1, description="Stored bytes of traces beyond which the oldest are deleted; unset: none are."
+    )
 
 
 class SessionSettings(Section):
@@ -77,7 +81,9 @@ class SkillSettings(Section):
     starter: bool = Field(True, description="Fill an empty library with the starter set.")
     max_skills: int = Field(3, ge=0, le=20, description="Most skills injected for one message.")
     max_tokens: int = Field(1500, ge=0, description="Most tokens, about, that the skills for one message may cost.")
-    min_relevance: float = Field(0.25, ge=0, description="Below this relevance a skill is not injected.")
+    min_relevance: float | None = Field(
+        None, ge=0, description="Below this relevance a skill is not injected; unset: what measured best for `retrieval`."
+    )
     retrieval: Literal["lexical", "embeddings", "fused"] = Field("lexical", description="How relevance is measured.")
     embedder: Literal["model2vec", "onnx", "endpoint"] | None = Field(None, description="What makes sentence vectors.")
     embedder_model: str | None = Field(None, description="Folder of the embedder's model, or its name at the endpoint.")
@@ -209,6 +215,7 @@ class WindowSettings(Section):
     time_zone: str | None = Field(None, description="Zone of the hours, such as Europe/Berlin; unset: this machine's.")
     idle_after: float | None = Field(None, gt=0, description="Seconds without a request that open a window.")
     idle_scope: Literal["agent", "all"] = Field("agent", description="Whose requests count: the agent's own, or all.")
+    calendar: str | None = Field(None, description="ICS file or URL; while one of its events lasts, training may go on.")
 
 
 class VllmSettings(Section):

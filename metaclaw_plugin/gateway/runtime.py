@@ -14,8 +14,7 @@ from metaclaw_plugin.gateway.metrics import Metrics
 from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.request import Gateway
 from metaclaw_plugin.settings import Settings
-from metaclaw_plugin.skills.library import Library, Watcher
-from metaclaw_plugin.skills.retrieval import Retriever
+from metaclaw_plugin.skills.opening import open_skills
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +24,13 @@ _FLUSH_TIME = 10.0  # seconds that a process has, at its end, to store what is q
 
 def create_gateway(settings: Settings, engine: Engine) -> Gateway:
     """Put a gateway together."""
-    library = Library(settings.skills_path)
-    Watcher(library, settings.skills.reload_interval).start()
+    library, retriever = open_skills(settings)
     hooks: Path | None = settings.hooks_path if settings.hooks_path.is_dir() else None
     return Gateway(
         settings=settings,
         engine=engine,
         library=library,
-        retriever=Retriever(library, settings.skills),
+        retriever=retriever,
         plugins=create_plugin_manager(hooks, settings.hooks.timeout, wanted=HOOKS),
         metrics=Metrics(),
     )

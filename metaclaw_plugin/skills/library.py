@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -220,11 +220,15 @@ def _is_owner(name: str) -> bool:
 
 
 class Watcher:
-    """Refreshes a library every ``interval`` seconds in a thread of its own, away from any event loop."""
+    """Refreshes a library every ``interval`` seconds in a thread of its own, away from any event loop.
 
-    def __init__(self, library: Library, interval: float) -> None:
+    ``afterwards`` is called after each look, in the same thread: to make the vectors of new skills, say.
+    """
+
+    def __init__(self, library: Library, interval: float, afterwards: Callable[[], object] | None = None) -> None:
         self._library = library
         self._interval = interval
+        self._afterwards = afterwards
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="skills-watcher", daemon=True)
 
@@ -239,5 +243,7 @@ class Watcher:
         while not self._stop.wait(self._interval):
             try:
                 self._library.refresh()
+                if self._afterwards is not None:
+                    self._afterwards()
             except Exception:  # the watcher must outlive anything that a strange file does
                 log.exception("skills: looking at %s failed; trying again", self._library.root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metaclaw_plugin.errors import SkillError
 from metaclaw_plugin.settings import SkillSettings
+from metaclaw_plugin.skills.embedding import Embedder, Vectors
 from metaclaw_plugin.skills.lexical import LexicalIndex, Vocabulary, skill_terms, terms
 from metaclaw_plugin.skills.library import Library, View
 from metaclaw_plugin.skills.query import Query, build_query
 from metaclaw_plugin.skills.skill_file import Skill
 
+log = logging.getLogger(__name__)
+
 CONTEXT_WEIGHT = 0.25  # of a term that only the conversation before has
+LENGTH_SHARE = 0.3  # how far a long query lowers the lexical relevance: 0 not at all, 1 in proportion
+SEMANTIC_SHARE = 0.7  # of the embeddings in the fused relevance
+THRESHOLDS = {"lexical": 0.30, "embeddings": 0.21, "fused": 0.21}  # where benchmarks/skills.py found them best
+EMBED_BATCH = 32  # texts
+
+Scores = NDArray[np.float64]  # (D,), one for each skill of a view
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +43,34 @@ class _Indexed:
     view: View
     skills: tuple[Skill, ...]
     lexical: LexicalIndex
+    vectors: Vectors | None  # (D, width), rows of zeros for skills that have none yet
+    complete: bool  # every skill has its vector, or none is wanted
 
 
 class Retriever:
     """Selects from a library. Safe to call from several threads; never from an event loop."""
 
-    def __init__(self, library: Library, settings: SkillSettings) -> None:
+    def __init__(self, library: Library, settings: SkillSettings, embedder: Embedder | None = None) -> None:
         self._library = library
         self._settings = settings
+        self._embedder = embedder
         self._lock = threading.Lock()
         self._vocabulary = Vocabulary()
         self._encoded: dict[tuple[str, str], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+        self._vectors: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._indexes: dict[str, _Indexed] = {}
 
     def select(self, agent: str, messages: Sequence[Mapping[str, Any]]) -> tuple[Skill, ...]:
         """The skills to inject for the newest human message, best first."""
         ranked = self.rank(agent, build_query(messages))
-        relevant = [item for item in ranked if item.relevance >= self._settings.min_relevance]
+        relevant = [item for item in ranked if item.relevance >= self.threshold]
         return within_budget(relevant, self._settings.max_skills, self._settings.max_tokens)
+
+    @property
+    def threshold(self) -> float:
+        """The relevance from which on a skill is injected."""
+        wanted = self._settings.min_relevance
+        return THRESHOLDS[self._settings.retrieval] if wanted is None else wanted
 
     def search(self, agent: str, text: str, limit: int = 10) -> list[Scored]:
         """The skills nearest to ``text``, best first, whether or not they reach the threshold."""
@@ -59,36 +79,91 @@ class Retriever:
     def rank(self, agent: str, query: Query) -> list[Scored]:
         """All skills that share anything with the query, best first."""
         index = self._index(agent)
-        relevance = self._lexical(index.lexical, query)
+        relevance = self._relevance(index, query)
         best = np.argsort(-relevance, kind="stable")
         return [Scored(index.skills[i], float(relevance[i])) for i in best if relevance[i] > 0]
 
-    @staticmethod
-    def _lexical(index: LexicalIndex, query: Query) -> NDArray[np.float64]:
-        """BM25, relative to the most that this query could score; long queries are let off part of it, because
-        nobody writes a long question of nothing but the skill's own words. Shape (D,)."""
-        asked = dict.fromkeys(terms(query.text), 1.0)
-        before = {term: CONTEXT_WEIGHT for term in terms(query.context) if term not in asked}
-        information = index.information(asked) or index.rarest
-        return index.scores(asked | before) / math.sqrt(information * index.rarest)
+    def embed_new(self) -> int:
+        """Make the vectors of skills that have none, away from any request; returns how many were made.
+
+        Until then such skills are found by their words alone.
+        """
+        if self._embedder is None:
+            return 0
+        owners = (self._library.skills_of(owner) for owner in self._library.owners())
+        skills = {_key(skill): skill for owner in owners for skill in owner.values()}
+        missing = [key for key in skills if key not in self._vectors]
+        for start in range(0, len(missing), EMBED_BATCH):
+            keys = missing[start : start + EMBED_BATCH]
+            for key, vector in zip(keys, self._embedder.embed([_embedded(skills[key]) for key in keys]), strict=True):
+                self._vectors[key] = vector
+        return len(missing)
+
+    def _relevance(self, index: _Indexed, query: Query) -> Scores:
+        """Relevance of every skill, shape (D,)."""
+        lexical = _lexical(index.lexical, query)
+        if self._embedder is None or index.vectors is None or not query.text:
+            return lexical
+        try:
+            asked = self._embedder.embed([query.text])[0]
+        except SkillError as error:
+            log.warning("skills are selected by words alone: %s", error)
+            return lexical
+        semantic: Scores = np.maximum(index.vectors @ asked, 0).astype(np.float64)
+        if self._settings.retrieval == "embeddings":
+            return semantic
+        fused: Scores = SEMANTIC_SHARE * semantic + (1 - SEMANTIC_SHARE) * np.minimum(lexical, 1.0)
+        return fused
 
     def _index(self, agent: str) -> _Indexed:
         view = self._library.view(agent)
         known = self._indexes.get(agent)
-        if known is not None and known.view is view:
+        if known is not None and known.view is view and known.complete:
             return known
         with self._lock:
             skills = tuple(view.skills.values())
-            lexical = LexicalIndex(self._vocabulary, [self._encode(skill) for skill in skills])
-            index = _Indexed(view, skills, lexical)
+            if known is not None and known.view is view:
+                lexical = known.lexical
+            else:
+                lexical = LexicalIndex(self._vocabulary, [self._encode(skill) for skill in skills])
+            vectors, complete = self._matrix(skills)
+            index = _Indexed(view, skills, lexical, vectors, complete)
             self._indexes[agent] = index
         return index
 
+    def _matrix(self, skills: Sequence[Skill]) -> tuple[Vectors | None, bool]:
+        if self._embedder is None:
+            return None, True
+        found = [self._vectors.get(_key(skill)) for skill in skills]
+        width = next((len(vector) for vector in found if vector is not None), None)
+        if width is None:
+            return None, not skills
+        empty = np.zeros(width, np.float32)
+        return np.stack([empty if vector is None else vector for vector in found]), all(v is not None for v in found)
+
     def _encode(self, skill: Skill) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        key = (skill.name, skill.version)
+        key = _key(skill)
         if key not in self._encoded:
             self._encoded[key] = self._vocabulary.encode(skill_terms(skill))
         return self._encoded[key]
+
+
+def _lexical(index: LexicalIndex, query: Query) -> Scores:
+    """BM25, relative to the most that this query could score; long queries are let off part of it, because nobody
+    writes a long question of nothing but the skill's own words. Shape (D,)."""
+    asked = dict.fromkeys(terms(query.text), 1.0)
+    before = {term: CONTEXT_WEIGHT for term in terms(query.context) if term not in asked}
+    information = index.information(asked) or index.rarest
+    relevance: Scores = index.scores(asked | before) / (information**LENGTH_SHARE * index.rarest ** (1 - LENGTH_SHARE))
+    return relevance
+
+
+def _key(skill: Skill) -> tuple[str, str]:
+    return skill.name, skill.version
+
+
+def _embedded(skill: Skill) -> str:
+    return f"{skill.name.replace('-', ' ')}. {skill.description} {skill.triggers}".strip()
 
 
 def within_budget(ranked: Sequence[Scored], most: int, tokens: int) -> tuple[Skill, ...]:

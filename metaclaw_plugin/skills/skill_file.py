@@ -4,7 +4,8 @@
     name: cite-sources          # a slug, the folder's own name
     description: When facts are asked for, say where each comes from.
     category: research          # optional
-    metadata: {author: ann}     # optional, text to text
+    metadata:                   # optional, text to text
+      triggers: sources, is it true that   # words and phrases for retrieval, which the model never sees
     ---
     Markdown body.
 
@@ -59,6 +60,11 @@ class Skill:
     @property
     def ref(self) -> SkillRef:
         return SkillRef(self.name, self.version, self.shared)
+
+    @property
+    def triggers(self) -> str:
+        """Words and phrases that call for this skill; read by retrieval alone."""
+        return self.metadata.get("triggers", "")
 
     @property
     def text(self) -> str:
