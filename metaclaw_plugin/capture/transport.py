@@ -115,6 +115,7 @@ class _TappedStream(httpx.AsyncByteStream):
         self._response = response
         self._recording = recording
         self._rest = b""
+        self._dropped = False  # the line before was kept back, so the blank one that ends its event is too
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
@@ -138,7 +139,8 @@ class _TappedStream(httpx.AsyncByteStream):
     def _line(self, line: bytes) -> bytes:
         """The line as LiteLLM may see it."""
         if not line.startswith(b"data:"):
-            return line
+            dropped, self._dropped = self._dropped, False
+            return b"" if dropped and not line.strip() else line
         payload = line[5:].strip()
         recording = self._recording
         if payload == b"[DONE]":
@@ -154,6 +156,7 @@ class _TappedStream(httpx.AsyncByteStream):
             recording.first_token_at = time.time()
         recording.reply.add_event(event)
         if not recording.keep_token_ids and _only_for_us(event):
+            self._dropped = True
             return b""
         return b"data: " + _dump(event) + b"\n" if _hide_injected(event, recording) else line
 
