@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaclaw_trainer.auth import KeyRing, refuse_open_bind
-from metaclaw_trainer.errors import SettingsError, TrainerError
+from metaclaw_trainer.errors import ModelLoadError, SettingsError, TrainerError
 from metaclaw_trainer.settings import TrainerSettings, load_settings
+from metaclaw_trainer.store import open_store
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _restart_with_devices(settings, arguments)
         refuse_open_bind(settings.host, KeyRing(settings.keys_file))
         listener = _bind(settings.host, settings.port)
+        open_store(settings.store_url).close()
+        _look_for_model(settings.base_model)
         logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         from metaclaw_trainer.process import serve  # torch is imported here, after the cheap checks
@@ -105,6 +108,23 @@ def _bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port, or end what holds it"
         ) from error
     return listener
+
+
+def _look_for_model(name: str) -> None:
+    """See at once that a path leads to no model, without waiting for torch to say so.
+
+    Raises:
+        ModelLoadError: if nothing is set, or it looks like a folder and holds no model.
+    """
+    if not name:
+        raise ModelLoadError("no base model: set metaclaw.base_model to a folder or a name on the model hub")
+    folder = Path(name).expanduser()
+    looks_like_a_path = folder.is_absolute() or name.startswith((".", "~")) or folder.exists()
+    if looks_like_a_path and not (folder / "config.json").is_file():
+        raise ModelLoadError(
+            f"cannot load the base model {name}: no config.json in that folder; set metaclaw.base_model to a folder "
+            "with config.json and safetensors, or to a name on the model hub"
+        )
 
 
 if __name__ == "__main__":

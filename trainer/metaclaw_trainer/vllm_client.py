@@ -138,7 +138,7 @@ class VllmClient:
         scored = []
         for token, entry in zip(token_ids[1:], entries[1:], strict=True):
             value = (entry or {}).get(str(token), {}).get("logprob")
-            if value is None or not math.isfinite(value):
+            if not isinstance(value, int | float) or not math.isfinite(value):
                 raise VllmRefusedError(f"vLLM at {self.url} scored other tokens than it was given")
             scored.append(float(value))
         return tuple(scored)
