@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.engine import insert_or_ignore
+from metaclaw_plugin.store.forwarding import mark_skipped
 from metaclaw_plugin.store.traces import STORED_BYTES, TraceFilter
 
 TRAINED_AND_DELETED = "trained_traces_deleted"  # counter: deleted traces that a version had learned from, by version
@@ -122,11 +123,10 @@ def open_recalls(c: Connection, limit: int = 1000) -> list[str]:
 
 def settle_recalls(c: Connection, trace_ids: Sequence[str], reply: RecallReply) -> None:
     """Note the trainer's answer: samples that it dropped are never trained; versions may have learned already."""
-    r, t = schema.recalls, schema.traces
+    r = schema.recalls
     c.execute(sa.update(r).where(r.c.trace_id.in_(trace_ids)).values(settled_at=time.time()))
-    if reply.removed:
-        dropped = sa.update(t).where(t.c.sample_id.in_(reply.removed), t.c.forward == "forwarded")
-        c.execute(dropped.values(forward="skipped", forward_reason="a trace of its sample was deleted"))
+    for sample in reply.removed:
+        mark_skipped(c, sample, "a trace of its sample was deleted")
     for version in reply.trained_into:
         count(c, TRAINED_AND_DELETED, version)
 
