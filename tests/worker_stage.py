@@ -44,7 +44,7 @@ def worker_context(
 ) -> Iterator[WorkerContext]:
     """A context on the store of ``settings``; ``transport`` stands for the network to the trainer."""
     engine = open_store(settings.store_url)
-    plugins = load_plugins(settings)
+    plugins = load_plugins(settings, engine)
     http = httpx.AsyncClient(transport=transport, trust_env=False)
     trainer = TrainerClient(http, settings.rl.remote_url)
     try:

@@ -50,6 +50,11 @@ def adapter_published(version: AdapterVersion) -> None:
     """A version has begun to serve."""
 
 
+@hookspec
+def training_window(agent: Agent, now: float) -> bool | None:
+    """Open (``True``) or keep shut (``False``) the training window of an agent in mode auto; ``now``: Unix seconds."""
+
+
 # In the trainer.
 @hookspec
 def accept_sample(sample: Sample) -> bool | None:

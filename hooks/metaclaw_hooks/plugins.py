@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metaclaw_hooks.errors import HooksError
-from metaclaw_hooks.registry import HOOKS, Bound, HookStats, PluginInfo, Registry
+from metaclaw_hooks.registry import BUILT_IN, HOOKS, Bound, HookStats, PluginInfo, Registry
 from metaclaw_hooks.results import check_result
 
 __all__ = ["HOOKS", "HookStats", "PluginInfo", "Plugins", "create_plugin_manager"]
@@ -160,7 +160,7 @@ def create_plugin_manager(
     """
     plugins = Plugins(folder, timeout, wanted)
     for name, target in (builtins or {}).items():
-        plugins.add(name, target, origin="built-in", inline=bool(getattr(target, "INLINE", False)))
+        plugins.add(name, target, origin=BUILT_IN, inline=bool(getattr(target, "INLINE", False)))
     if packages:
         plugins.load_entry_points()
     plugins.refresh()

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 HOOKS: tuple[str, ...] = tuple(
     name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")
 )
+BUILT_IN = "built-in"  # origin of our own plugins
 LOAD_TIMEOUT = 30.0  # seconds that a plugin file may take to import
 
 
@@ -129,6 +130,11 @@ class Registry:
         """Whether plugin ``name`` scores better, or only, once it is known what came after a reply."""
         bound = [b for b in self._table.get("score_trace", ()) if b.plugin.name == name]
         return any(b.arguments & {"next_trace", "session"} for b in bound) or self.scores_lone_reply(name) is False
+
+    @property
+    def built_in(self) -> frozenset[str]:
+        """Names of the plugins that come with us."""
+        return frozenset(name for name, plugin in self._plugins.items() if plugin.origin == BUILT_IN)
 
     def scores_session(self, name: str) -> bool:
         """Whether ``score_trace`` of plugin ``name`` rewards a whole session, shown its last trace."""

@@ -93,6 +93,7 @@ _CHECKS: dict[str, Callable[[str, Mapping[str, Any], Any], Any]] = {
     "combine_rewards": _combined,
     "accept_adapter": _verdict,
     "accept_sample": _verdict,
+    "training_window": _verdict,
     "redact_trace": _same_trace,
     "select_skills": _skills,
     "compute_advantages": _advantages,

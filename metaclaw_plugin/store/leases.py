@@ -61,16 +61,20 @@ def holders(c: Connection) -> set[str]:
     return {owner for owner in found if owner is not None}
 
 
-def ready_to_score(now: float, evidence_timeout: float, immediate: Collection[str]) -> sa.ColumnElement[bool]:
+def ready_to_score(
+    now: float, evidence_timeout: float, immediate: Collection[str], whole_session: Collection[str] = ()
+) -> sa.ColumnElement[bool]:
     """The traces that may be scored: free, and the evidence is in.
 
-    It is in once the next turn has come, the session is closed, someone has given feedback, ``evidence_timeout``
-    seconds have passed since the reply; at once for the agents in ``immediate``, whose rewards need no evidence.
+    It is in once the next turn has come, the session is closed, someone has given feedback, or ``evidence_timeout``
+    seconds have passed since the reply; at once for the agents in ``immediate``, whose rewards need no evidence; and
+    not before the session is closed for those in ``whole_session``.
     """
     t, later = traces.c, traces.alias("later").c
     followed = sa.exists().where(later.session == t.session, later.turn > t.turn, later.kind == "main")
     closed = sa.exists().where(sessions.c.id == t.session, sessions.c.closed_at.is_not(None))
     told = sa.exists().where(rewards.c.trace_id == t.id)
+    session_goes_on = sa.exists().where(sessions.c.id == t.session, sessions.c.closed_at.is_(None))
     evidence = sa.or_(
         t.finished_at < now - evidence_timeout,
         t.agent.in_(list(immediate)),
@@ -78,6 +82,9 @@ def ready_to_score(now: float, evidence_timeout: float, immediate: Collection[st
         closed.correlate(traces),
         told.correlate(traces),
     )
+    if whole_session:
+        patient = sa.and_(t.agent.in_(list(whole_session)), session_goes_on.correlate(traces))
+        evidence = sa.and_(evidence, ~patient)
     free = sa.or_(t.lease_until.is_(None), t.lease_until < now)
     return sa.and_(t.score == "waiting", t.kind == "main", free, evidence)
 

@@ -239,6 +239,16 @@ counters = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
 )
 
+# What the judge said of what, so that it is asked once.
+judgements = sa.Table(
+    "judgements",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),  # sha256 of the model, the votes and all that it was shown
+    sa.Column("value", sa.JSON, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Index("ix_judgements_at", "at"),
+)
+
 # Work that one process does at a time, such as forwarding one agent's samples.
 leases = sa.Table(
     "leases",

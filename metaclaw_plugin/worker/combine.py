@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
+from metaclaw_hooks.rewards.feedback import SOURCE as FEEDBACK
 from metaclaw_hooks.types import Reward
 
 from metaclaw_plugin.settings import RewardSettings
-from metaclaw_plugin.store.rewards import FEEDBACK
 
 
 def combine(opinions: Sequence[Reward], weight: Callable[[str], float]) -> float | None:
@@ -27,10 +27,10 @@ def combine(opinions: Sequence[Reward], weight: Callable[[str], float]) -> float
     return min(1.0, max(-1.0, mean))
 
 
-def weights_for(settings: RewardSettings, agent: str) -> Callable[[str], float]:
-    """How much each reward plugin weighs for ``agent``: its own setting, else the general one, else 1."""
-    own: Mapping[str, float] = settings.per_agent.get(agent, {})
-    return lambda source: own.get(source, settings.weights.get(source, 1.0))
+def weights_for(settings: RewardSettings, agent: str, standard: float = 1.0) -> Callable[[str], float]:
+    """How much each reward plugin weighs for ``agent``: its own setting, else the general one, else ``standard``."""
+    own = settings.per_agent.get(agent, {})
+    return lambda source: own.get(source, settings.weights.get(source, standard))
 
 
 def best_hint(opinions: Sequence[Reward]) -> str | None:

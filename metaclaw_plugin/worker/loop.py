@@ -51,7 +51,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         StoreError: if the store cannot be opened.
     """
     engine = open_store(settings.store_url)
-    plugins = load_plugins(settings)
+    plugins = load_plugins(settings, engine)
     async with httpx.AsyncClient(trust_env=False) as http:
         trainer = TrainerClient(http, settings.rl.remote_url, settings.rl.remote_api_key)
         ctx = WorkerContext(settings, engine, plugins, trainer, http, leases.this_worker())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -18,15 +19,20 @@ from metaclaw_hooks.types import Reward, Session, Trace
 
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.store import leases
+from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.codec import decode_trace
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.rewards import Outcome, feedback_on, record_outcome
-from metaclaw_plugin.store.schema import agents, traces
-from metaclaw_plugin.worker.combine import best_hint, combine, weights_for
+from metaclaw_plugin.store.schema import traces
+from metaclaw_plugin.worker.combine import best_hint, combine
 from metaclaw_plugin.worker.context import WorkerContext
+from metaclaw_plugin.worker.credit import main_turns, share_of
 from metaclaw_plugin.worker.evidence import load_evidence
+from metaclaw_plugin.worker.policy import RewardPlan, Wait, plan_all, plan_rewards
 
 logger = logging.getLogger(__name__)
+
+KNOWN_OUTCOMES = 256  # of whole sessions, held in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,8 @@ class Scorer:
 
     def __init__(self, ctx: WorkerContext) -> None:
         self._ctx = ctx
+        self._plans: dict[str, RewardPlan] = {}
+        self._outcomes: OrderedDict[tuple[str, str], asyncio.Task[Reward | None]] = OrderedDict()
 
     async def round(self) -> int:
         """Score all that is ready; returns how many traces that were."""
@@ -67,23 +75,17 @@ class Scorer:
             for task in pending:
                 task.cancel()
 
-    def reward_plugins(self, agent: str) -> list[str]:
-        """The reward plugins that are switched on for ``agent``."""
-        weight = weights_for(self._ctx.settings.rewards, agent)
-        return [name for name in self._ctx.plugins.implementers("score_trace", agent) if weight(name) > 0]
-
-    def needs_evidence(self, agent: str) -> bool:
-        """Whether a reward that is on for ``agent`` must see what followed; so it is as well when none is on."""
-        names = self.reward_plugins(agent)
-        return not names or not all(self._ctx.plugins.scores_lone_reply(name) for name in names)
-
     def _claim(self, limit: int) -> tuple[list[Claimed], list[Outcome]]:
         now = time.time()
         settings = self._ctx.settings
         with self._ctx.engine.connect() as c:
-            known = c.execute(sa.select(agents.c.name)).scalars()
-            immediate = [agent for agent in known if not self.needs_evidence(agent)]
-            ready = leases.ready_to_score(now, settings.worker.evidence_timeout, immediate)
+            self._plans = plan_all(self._ctx.plugins, settings.rewards, list_agents(c))
+            ready = leases.ready_to_score(
+                now,
+                settings.worker.evidence_timeout,
+                immediate=self._that_wait_for(Wait.NOTHING),
+                whole_session=self._that_wait_for(Wait.CLOSED),
+            )
             if c.execute(sa.select(traces.c.seq).where(ready).limit(1)).first() is None:
                 return [], []  # looking must not take the write lock that the gateway commits under
         until = now + settings.worker.lease + 2 * self._ctx.plugins.longest_call
@@ -106,7 +108,8 @@ class Scorer:
             c,
             [trace for _, trace in found],
             next_traces=plugins.takes("score_trace", "next_trace"),
-            whole_sessions=plugins.takes("score_trace", "session"),
+            whole_sessions=plugins.takes("score_trace", "session")
+            or any(plan.session_rewards for plan in self._plans.values()),
         )
         said = feedback_on(c, [trace.id for _, trace in found])
         claimed = [
@@ -117,30 +120,59 @@ class Scorer:
 
     async def _score(self, item: Claimed) -> Outcome:
         trace = item.trace
-        names = self.reward_plugins(trace.agent)
+        plan = self._plan(trace.agent)
         results = await self._ctx.plugins.call(
-            "score_trace", only=names, trace=trace, next_trace=item.next_trace, session=item.session
+            "score_trace", only=plan.turn_rewards, trace=trace, next_trace=item.next_trace, session=item.session
         )
-        inferred: tuple[Reward, ...] = tuple(reward for _, reward in results)
-        opinions = inferred if item.feedback is None else (*inferred, item.feedback)
+        inferred = [reward for _, reward in results]
+        for name in plan.session_rewards:
+            outcome = await self._session_outcome(name, item.session)
+            if outcome is not None:
+                inferred.append(share_of(outcome, trace, item.session, plan.settings))
+        opinions = inferred if item.feedback is None else [*inferred, item.feedback]
         combined = await self._ctx.plugins.call_first("combine_rewards", trace=trace, rewards=opinions)
-        if combined is None:
-            combined = combine(opinions, weights_for(self._ctx.settings.rewards, trace.agent))
         return Outcome(
             seq=item.seq,
             trace_id=trace.id,
-            rewards=inferred,
-            combined=combined,
+            rewards=tuple(inferred),
+            combined=combine(opinions, plan.weight) if combined is None else combined,
             hint=best_hint(opinions),
             held_out=item.session.held_out,
             unusable=None if trace.trainable else trace.reason or "not trainable",
             feedback=None if item.feedback is None else item.feedback.value,
         )
 
+    def _plan(self, agent: str) -> RewardPlan:
+        if agent not in self._plans:  # removed since, or never added: its traces are scored all the same
+            self._plans[agent] = plan_rewards(self._ctx.plugins, self._ctx.settings.rewards, agent)
+        return self._plans[agent]
+
+    def _that_wait_for(self, wait: Wait) -> list[str]:
+        return [agent for agent, plan in self._plans.items() if plan.wait is wait]
+
+    async def _session_outcome(self, plugin: str, session: Session) -> Reward | None:
+        """What ``plugin`` says of the whole session; asked once, though each of its turns wants to know."""
+        turns = main_turns(session)
+        if not turns:
+            return None
+        key = (plugin, turns[-1].id)
+        if key not in self._outcomes:
+            asking = self._ctx.plugins.call(
+                "score_trace", only=(plugin,), trace=turns[-1], next_trace=None, session=session
+            )
+            self._outcomes[key] = asyncio.create_task(_only_reward(asking))
+            while len(self._outcomes) > KNOWN_OUTCOMES:
+                self._outcomes.popitem(last=False)
+        return await asyncio.shield(self._outcomes[key])
+
     def _store(self, outcomes: Sequence[Outcome]) -> int:
         now = time.time()
         with self._ctx.engine.begin() as c:
             return sum(record_outcome(c, outcome, self._ctx.owner, now) for outcome in outcomes)
+
+
+async def _only_reward(asking: Awaitable[list[tuple[str, Reward]]]) -> Reward | None:
+    return next((reward for _, reward in await asking), None)
 
 
 def store_hook_counters(ctx: WorkerContext) -> Mapping[tuple[str, str], int]:

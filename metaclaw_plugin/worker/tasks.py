@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from metaclaw_plugin.gateway.sessions import close_idle_sessions
 from metaclaw_plugin.store.facts import set_fact
 from metaclaw_plugin.worker.context import WorkerContext
+from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
-from metaclaw_plugin.worker.modes import modes_round
+from metaclaw_plugin.worker.judge_book import StoreJudgeBook
+from metaclaw_plugin.worker.modes import Modes
 from metaclaw_plugin.worker.publishing import Publisher
+from metaclaw_plugin.worker.retention import recall_round, retention_round
 from metaclaw_plugin.worker.scoring import Scorer, settle_side_traces, store_hook_counters
 
 UPKEEP = 5.0  # seconds
@@ -39,7 +42,9 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
 
     tasks = [
         Round("scoring", score, poll),
+        Round("feedback", lambda: feedback_round(ctx), poll),
         Round("sessions", lambda: _close_sessions(ctx), UPKEEP),
+        Round("retention", lambda: retention_round(ctx), UPKEEP),
         Round("upkeep", lambda: _upkeep(ctx), UPKEEP),
     ]
     if ctx.settings.rl.enabled:
@@ -47,7 +52,8 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
             Round("forwarding", Forwarder(ctx).round, poll),
             Round("tracking", _quietly(Tracker(ctx).round), max(poll, 2.0)),
             Round("publishing", _quietly(Publisher(ctx).round), poll),
-            Round("modes", _quietly(lambda: modes_round(ctx)), max(poll, 2.0)),
+            Round("recalls", lambda: recall_round(ctx), UPKEEP),
+            Round("modes", _quietly(Modes(ctx).round), max(poll, 2.0)),
         ]
     return tasks
 
@@ -74,6 +80,7 @@ async def _upkeep(ctx: WorkerContext) -> bool:
     def keep() -> bool:
         store_hook_counters(ctx)
         settle_side_traces(ctx)
+        StoreJudgeBook(ctx.engine).forget_old()
         with ctx.engine.begin() as c:
             set_fact(c, HEARTBEAT, {"owner": ctx.owner, "at": time.time()})
         return False

@@ -1,0 +1,52 @@
+"""What the judge said and spent, in the store, so that neither a restart nor a second worker asks or pays again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.store.counters import count, read_counters
+from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.schema import judgements
+
+KEPT = 30 * 86_400.0  # seconds
+_CALLS, _DOLLARS = "judge_calls", "judge_microdollars"  # counters, by day
+
+
+class StoreJudgeBook:
+    """A ``metaclaw_hooks.rewards.judge.JudgeBook`` over the store."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        with self._engine.connect() as c:
+            found = c.execute(sa.select(judgements.c.value).where(judgements.c.key == key)).scalar_one_or_none()
+        return None if found is None else dict(found)
+
+    def keep(self, key: str, judgement: Mapping[str, Any]) -> None:
+        with self._engine.begin() as c:
+            values = {"key": key, "value": dict(judgement), "at": time.time()}
+            c.execute(dialect_insert(c, judgements).values(**values).on_conflict_do_nothing())
+
+    def spent(self, day: str) -> tuple[int, float]:
+        with self._engine.connect() as c:
+            calls = read_counters(c, _CALLS).get(_CALLS, {}).get(day, 0)
+            microdollars = read_counters(c, _DOLLARS).get(_DOLLARS, {}).get(day, 0)
+        return calls, microdollars / 1e6
+
+    def spend(self, day: str, calls: int, dollars: float) -> None:
+        with self._engine.begin() as c:
+            if calls:
+                count(c, _CALLS, day, calls)
+            if dollars:
+                count(c, _DOLLARS, day, round(dollars * 1e6))
+
+    def forget_old(self) -> int:
+        """Drop judgements of more than thirty days ago; returns how many."""
+        with self._engine.begin() as c:
+            return c.execute(sa.delete(judgements).where(judgements.c.at < time.time() - KEPT)).rowcount
