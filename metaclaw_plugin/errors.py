@@ -81,3 +81,7 @@ class SamplerUnavailableError(MetaclawError, ConnectionError):
 
 class SamplerRefusedError(MetaclawError):
     """vLLM answered, but not with what was asked for."""
+
+
+class CalendarError(MetaclawError):
+    """A calendar that cannot be read, or is none."""

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
+import httpx
 import sqlalchemy as sa
-from metaclaw_hooks.types import Mode
+from metaclaw_hooks.types import Agent, Mode
 from metaclaw_hooks.wire import AgentStatus, AgentTraining
 from pydantic import ValidationError
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import ConfigError, TrainerRefusedError
-from metaclaw_plugin.settings import Section, Settings, WindowSettings
+from metaclaw_plugin.errors import CalendarError, ConfigError, TrainerRefusedError
+from metaclaw_plugin.settings import Section, Settings
 from metaclaw_plugin.store.agents import list_agents
+from metaclaw_plugin.store.facts import set_fact
 from metaclaw_plugin.store.schema import sessions
-from metaclaw_plugin.worker.windows import Activity, Window, window_now
+from metaclaw_plugin.worker.calendars import Calendars
+from metaclaw_plugin.worker.windows import Activity, Window, parse_zone, window_now
 
 logger = logging.getLogger(__name__)
+
+WINDOWS_FACT = "training_windows"  # agent -> {"open", "reason"}
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -32,6 +37,12 @@ class AgentTrainer(Protocol):
     async def set_agent(self, agent: str, training: AgentTraining) -> AgentStatus: ...
 
 
+class WindowPlugins(Protocol):
+    """The part of the plugins that modes need."""
+
+    async def call(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]: ...
+
+
 class ModeContext(Protocol):
     """The part of the worker's context that modes need."""
 
@@ -41,62 +52,97 @@ class ModeContext(Protocol):
     def engine(self) -> Engine: ...
     @property
     def trainer(self) -> AgentTrainer: ...
+    @property
+    def plugins(self) -> WindowPlugins: ...
+    @property
+    def http(self) -> httpx.AsyncClient: ...
 
 
-async def modes_round(ctx: ModeContext) -> int:
-    """Tell the trainer of each agent whose permission differs from what its mode says now; returns how many.
+class Modes:
+    """Tells the trainer who may train. ``clock`` gives Unix seconds, so that a day can be tried in a moment."""
 
-    What the trainer says it has is compared, not what it was last told, so that a trainer that lost it is told again.
+    def __init__(self, ctx: ModeContext, clock: Callable[[], float] = time.time) -> None:
+        self._ctx = ctx
+        self._clock = clock
+        self._calendars = Calendars(ctx.http)
+        self._shown: dict[str, Any] | None = None
 
-    Raises:
-        TrainerUnavailableError: if it does not answer; the next round says it again.
-    """
-    permissions = await asyncio.to_thread(training_permissions, ctx.settings, ctx.engine, time.time())
-    has = {status.agent: status.allowed for status in await ctx.trainer.agents()}
-    told = 0
-    for agent, window in permissions.items():
-        if has.pop(agent, None) is not window.open:
-            try:
-                await ctx.trainer.set_agent(agent, AgentTraining(allowed=window.open))
-            except TrainerRefusedError as error:  # one agent's trouble is not the others'
-                logger.warning("the trainer was told that %s is in %s, and refused: %s", agent, window.reason, error)
-                continue
-            logger.info("training of %s is %s: %s", agent, "allowed" if window.open else "held", window.reason)
+    async def round(self) -> int:
+        """Tell the trainer of each agent whose permission differs from what its mode says now; returns how many.
+
+        What the trainer says it has is compared, not what it was last told, so that a trainer that lost it is told
+        again. One that may not train any more ends its step and keeps what is queued.
+
+        Raises:
+            TrainerUnavailableError: if it does not answer; the next round says it again.
+        """
+        permissions = await self.permissions()
+        await asyncio.to_thread(self._show, permissions)
+        trainer = self._ctx.trainer
+        has = {status.agent: status.allowed for status in await trainer.agents()}
+        told = 0
+        for agent, window in permissions.items():
+            if has.pop(agent, None) is not window.open:
+                try:
+                    await trainer.set_agent(agent, AgentTraining(allowed=window.open))
+                except TrainerRefusedError as error:  # one agent's trouble is not the others'
+                    logger.warning("%s: %s, but the trainer refused to be told: %s", agent, window.reason, error)
+                    continue
+                logger.info("training of %s is %s: %s", agent, "allowed" if window.open else "held", window.reason)
+                told += 1
+        for agent in [agent for agent, allowed in has.items() if allowed]:  # removed here, still known there
+            await trainer.set_agent(agent, AgentTraining(allowed=False))
             told += 1
-    for agent in [agent for agent, allowed in has.items() if allowed]:  # removed here, still known there
-        await ctx.trainer.set_agent(agent, AgentTraining(allowed=False))
-        told += 1
-    return told
+        return told
+
+    async def permissions(self) -> dict[str, Window]:
+        """For each agent, whether it may be trained now, and why, or why not."""
+        now = self._clock()
+        agents = await asyncio.to_thread(_look, self._ctx.settings, self._ctx.engine)
+        return {agent.name: await self._window(agent, own, activity, now) for agent, own, activity in agents}
+
+    async def _window(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
+        if agent.mode is Mode.RL:
+            return Window(True, "mode rl")
+        if agent.mode is not Mode.AUTO:
+            return Window(False, f"mode {agent.mode}")
+        try:
+            settings = with_own(self._ctx.settings.windows, own)
+            window = window_now(settings, now, activity)
+            if not window.open and settings.calendar is not None:
+                zone = parse_zone(settings.time_zone)
+                if await self._calendars.is_busy(settings.calendar, zone, now):
+                    window = Window(True, "an event of the calendar")
+        except (ConfigError, CalendarError) as error:
+            window = Window(False, str(error))
+        opinions = await self._ctx.plugins.call("training_window", agent=agent, now=now)
+        for wanted in (False, True):  # who wants it shut goes before who wants it open
+            if names := [plugin for plugin, opinion in opinions if opinion is wanted]:
+                return Window(wanted, f"{'opened' if wanted else 'kept shut'} by {', '.join(names)}")
+        return window
+
+    def _show(self, permissions: Mapping[str, Window]) -> None:
+        """Put it into the store for `metaclaw status`, when it changed."""
+        shown = {agent: {"open": window.open, "reason": window.reason} for agent, window in permissions.items()}
+        if shown != self._shown:
+            with self._ctx.engine.begin() as c:
+                set_fact(c, WINDOWS_FACT, shown)
+            self._shown = shown
 
 
-def training_permissions(settings: Settings, engine: Engine, now: float) -> dict[str, Window]:
-    """For each agent, whether it may be trained at ``now`` (Unix seconds) and why, or why not."""
+def _look(settings: Settings, engine: Engine) -> list[tuple[Agent, Any, Activity]]:
+    """All agents with the windows that the owner set for each alone, and when requests came last."""
     with engine.connect() as c:
-        agents = {record.name: record for record in list_agents(c)}
-        modes = {name: record.mode or settings.mode for name, record in agents.items()}
-        automatic = [name for name, mode in modes.items() if mode is Mode.AUTO]
-        everyone = c.scalar(sa.select(sa.func.max(sessions.c.last_at))) if automatic else None
+        agents = [(record.agent(settings.mode), record.settings.get("windows")) for record in list_agents(c)]
+        automatic = [agent.name for agent, _ in agents if agent.mode is Mode.AUTO]
+        everyone: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at))) if automatic else None
         newest = {name: _last_request(c, name) for name in automatic}
-    return {
-        name: _permission(modes[name], settings.windows, record.settings, now, Activity(newest.get(name), everyone))
-        for name, record in agents.items()
-    }
+    return [(agent, own, Activity(newest.get(agent.name), everyone)) for agent, own in agents]
 
 
 def _last_request(c: sa.Connection, agent: str) -> float | None:
     last: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at)).where(sessions.c.agent == agent))
     return last
-
-
-def _permission(mode: Mode, windows: WindowSettings, own: Mapping[str, Any], now: float, activity: Activity) -> Window:
-    if mode is Mode.RL:
-        return Window(True, "mode rl")
-    if mode is not Mode.AUTO:
-        return Window(False, f"mode {mode}")
-    try:
-        return window_now(with_own(windows, own.get("windows")), now, activity)
-    except ConfigError as error:
-        return Window(False, str(error))
 
 
 def with_own(section: SectionT, own: Any) -> SectionT:

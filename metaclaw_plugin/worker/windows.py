@@ -35,12 +35,12 @@ class Window:
 
 
 def window_now(settings: WindowSettings, now: float, activity: Activity) -> Window:
-    """The state of an agent's windows at ``now``.
+    """The state at ``now`` of the windows that need no calendar.
 
     Raises:
         ConfigError: if hours or time zone are not written as they must be.
     """
-    if not settings.hours and settings.idle_after is None:
+    if not settings.hours and settings.idle_after is None and settings.calendar is None:
         return Window(False, "mode auto, but no window is configured (metaclaw.windows)")
     zone = parse_zone(settings.time_zone)
     for hours in settings.hours:

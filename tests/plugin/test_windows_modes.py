@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
+import httpx
 import pytest
 from metaclaw_hooks.types import Mode
 from metaclaw_hooks.wire import AgentStatus, AgentTraining
@@ -16,8 +18,10 @@ from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import Settings, WindowSettings
 from metaclaw_plugin.store.agents import add_agent, remove_agent, set_mode, set_settings
 from metaclaw_plugin.store.engine import open_store
-from metaclaw_plugin.worker.modes import modes_round, training_permissions
-from metaclaw_plugin.worker.windows import Activity, window_now
+from metaclaw_plugin.store.facts import get_fact
+from metaclaw_plugin.store.schema import sessions
+from metaclaw_plugin.worker.modes import WINDOWS_FACT, Modes
+from metaclaw_plugin.worker.windows import Activity, Window, window_now
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -102,54 +106,162 @@ class Told:
 
 
 @dataclass
+class Plugins:
+    """Opinions about windows, by plugin name."""
+
+    opinions: list[tuple[str, bool]] = field(default_factory=list)
+
+    async def call(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]:
+        assert hook == "training_window"
+        assert kwargs["agent"].mode is Mode.AUTO
+        return self.opinions
+
+
+@dataclass
 class Context:
     settings: Settings
     engine: Engine
     trainer: Told
+    plugins: Plugins
+    http: httpx.AsyncClient
+    now: float = 0.0
+
+    @property
+    def modes(self) -> Modes:
+        return Modes(self, clock=lambda: self.now)
 
 
 @pytest.fixture
 def ctx(tmp_path: Path) -> Context:
     engine = open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}")
-    return Context(Settings(home=tmp_path, mode=Mode.RL), engine, Told())
+    return Context(Settings(home=tmp_path, mode=Mode.RL), engine, Told(), Plugins(), httpx.AsyncClient(verify=False))
 
 
 async def test_the_trainer_is_told_what_differs_and_nothing_else(ctx: Context) -> None:
+    modes = ctx.modes
     with ctx.engine.begin() as c:
         add_agent(c, "ada")
         add_agent(c, "bob", Mode.SKILLS_ONLY)
-    assert await modes_round(ctx) == 2
+    assert await modes.round() == 2
     assert ctx.trainer.allowed == {"ada": True, "bob": False}
-    assert await modes_round(ctx) == 0
+    assert await modes.round() == 0
     with ctx.engine.begin() as c:
         set_mode(c, "ada", Mode.OFF)
         set_mode(c, "bob", None)
-    await modes_round(ctx)
+    await modes.round()
     assert ctx.trainer.allowed == {"ada": False, "bob": True}
 
 
 async def test_a_trainer_that_forgot_is_told_again_and_a_removed_agent_is_stopped(ctx: Context) -> None:
+    modes = ctx.modes
     with ctx.engine.begin() as c:
         add_agent(c, "ada")
-    await modes_round(ctx)
+    await modes.round()
     ctx.trainer.allowed.clear()
-    await modes_round(ctx)
+    await modes.round()
     assert ctx.trainer.allowed == {"ada": True}
     with ctx.engine.begin() as c:
         remove_agent(c, "ada")
-    await modes_round(ctx)
+    await modes.round()
     assert ctx.trainer.allowed == {"ada": False}
 
 
-def test_an_agents_own_windows_stand_before_the_global_ones_and_bad_ones_keep_it_held(ctx: Context) -> None:
+async def test_an_agents_own_windows_stand_before_the_global_ones_and_bad_ones_keep_it_held(ctx: Context) -> None:
     with ctx.engine.begin() as c:
         for name in ("ada", "bob", "eve"):
             add_agent(c, name, Mode.AUTO)
         set_settings(c, "bob", {"windows": {"hours": ["12:00-13:00"], "time_zone": "Europe/Berlin"}})
         set_settings(c, "eve", {"windows": {"hour": ["12:00-13:00"]}})
-    found = training_permissions(ctx.settings, ctx.engine, at("2026-11-22T12:30:00"))
-    assert not found["ada"].open
-    assert "no window is configured" in found["ada"].reason
-    assert found["bob"].open
-    assert not found["eve"].open
-    assert "hour" in found["eve"].reason
+    ctx.now = at("2026-11-22T12:30:00")
+    modes = ctx.modes
+    await modes.round()
+    assert ctx.trainer.allowed == {"ada": False, "bob": True, "eve": False}
+    with ctx.engine.connect() as c:
+        shown = get_fact(c, WINDOWS_FACT)
+    assert "no window is configured" in shown["ada"]["reason"]
+    assert "hour" in shown["eve"]["reason"]
+
+
+async def test_a_hook_opens_a_window_and_a_hook_that_wants_it_shut_goes_first(ctx: Context) -> None:
+    with ctx.engine.begin() as c:
+        add_agent(c, "ada", Mode.AUTO)
+        add_agent(c, "bob", Mode.SKILLS_ONLY)
+    modes = ctx.modes
+    ctx.plugins.opinions = [("power", True)]
+    assert (await modes.permissions())["ada"] == Window(True, "opened by power")
+    ctx.plugins.opinions = [("power", True), ("guests", False)]
+    assert (await modes.permissions())["ada"] == Window(False, "kept shut by guests")
+    assert not (await modes.permissions())["bob"].open
+
+
+async def test_a_day_in_which_auto_trains_inside_its_windows_alone(ctx: Context, tmp_path: Path) -> None:
+    """24 hours in steps of five minutes: sleep hours across midnight, a recurring meeting, a single one, idleness."""
+    calendar = tmp_path / "work.ics"
+    calendar.write_text(WORK, encoding="utf-8")
+    windows = {"hours": ["23:00-06:30"], "time_zone": "Europe/Berlin", "calendar": str(calendar), "idle_after": 7200}
+    with ctx.engine.begin() as c:
+        add_agent(c, "ada", Mode.AUTO)
+        set_settings(c, "ada", {"windows": windows})
+        c.execute(sessions.insert().values(SESSION | {"agent": "ada"}))
+    modes, day = ctx.modes, at("2026-11-23T00:00:00")  # a Monday
+    open_at: list[int] = []
+    for minute in range(0, 24 * 60, 5):
+        ctx.now = day + minute * 60
+        if 7 * 60 <= minute < 20 * 60:  # someone talks to the agent all day long
+            with ctx.engine.begin() as c:
+                c.execute(sessions.update().values(last_at=ctx.now))
+        await modes.round()
+        if ctx.trainer.allowed["ada"]:
+            open_at.append(minute)
+    expected = [m for m in range(0, 24 * 60, 5) if _is_window(m)]
+    assert open_at == expected
+    changes = [m for m in expected if m - 5 not in expected] + [m for m in expected if m + 5 not in expected]
+    assert ctx.trainer.calls == len(changes) - 1  # told at each change alone; the last window outlasts the day
+
+
+def _is_window(minute: int) -> bool:
+    sleeping = minute < 6 * 60 + 30 or minute >= 23 * 60
+    meeting = 10 * 60 <= minute < 11 * 60 or 14 * 60 <= minute < 14 * 60 + 45
+    idle = minute < 7 * 60 or minute >= 19 * 60 + 55 + 120  # talk from 07:00 to 19:55
+    return sleeping or meeting or idle
+
+
+SESSION = {
+    "id": "s1",
+    "evidence": "x-session-id",
+    "evidence_key": "k",
+    "started_at": 0.0,
+    "last_at": 0.0,
+    "held_out": False,
+    "without_skills": [],
+}
+
+WORK = """BEGIN:VCALENDAR
+VERSION:2.0
+PRODID:-//test//EN
+BEGIN:VEVENT
+UID:standup
+DTSTART;TZID=Europe/Berlin:20261102T100000
+DTEND;TZID=Europe/Berlin:20261102T110000
+RRULE:FREQ=WEEKLY;BYDAY=MO
+EXDATE;TZID=Europe/Berlin:20261130T100000
+END:VEVENT
+BEGIN:VEVENT
+UID:once
+DTSTART:20261123T130000Z
+DURATION:PT45M
+END:VEVENT
+BEGIN:VEVENT
+UID:free
+DTSTART:20261123T080000Z
+DTEND:20261123T170000Z
+TRANSP:TRANSPARENT
+END:VEVENT
+BEGIN:VEVENT
+UID:cancelled
+DTSTART:20261123T080000Z
+DTEND:20261123T170000Z
+STATUS:CANCELLED
+END:VEVENT
+END:VCALENDAR
+"""
