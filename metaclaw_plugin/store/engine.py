@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import StoreError
-from metaclaw_plugin.store.schema import metadata
+from metaclaw_plugin.store.upgrade import bring_up_to_date
 
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
 _SET_UP_LOCK = 0x6D657461  # advisory lock that keeps two processes from creating tables at once
@@ -37,7 +37,7 @@ class StoreEngine(Engine):
 
 
 def open_store(url: str) -> Engine:
-    """Open the store at ``url`` and create what is missing in it.
+    """Open the store at ``url``; an empty one gets its tables, one of an older release is upgraded.
 
     SQLite runs in WAL mode: what was committed survives ``kill -9`` of any process.
 
@@ -61,7 +61,7 @@ def open_store(url: str) -> Engine:
         with engine.begin() as c:
             if engine.dialect.name == "postgresql":
                 c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
-            metadata.create_all(c, checkfirst=True)
+            bring_up_to_date(c)
     except SQLAlchemyError as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}") from error
     return engine
