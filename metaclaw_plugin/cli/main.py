@@ -35,6 +35,7 @@ COMMANDS = {
     "worker": Entry("processes", "Run the worker, which scores, forwards and publishes, in the foreground."),
     "trainer": Entry("processes", "Run the trainer in the foreground."),
     "vllm": Entry("processes", "Run vLLM, set up for adapters, in the foreground."),
+    "connect": Entry("connect", "Point OpenClaw, or any client, at the gateway.", group=True),
     "agents": Entry("agents", "Add agents and their keys, and see what they do.", group=True),
     "traces": Entry("traces", "Look at, export and delete what was captured.", group=True),
     "skills": Entry("skills", "Look at and edit the skill library.", group=True),

@@ -1,0 +1,1 @@
+"""Pointing clients at the gateway: OpenClaw's configuration, and snippets for everything else."""
