@@ -197,3 +197,18 @@ def test_prompt_logprobs_of_other_tokens_are_refused(entries: object) -> None:
     answer = httpx.Response(200, json={"choices": [{"prompt_logprobs": entries}]})
     with pytest.raises(VllmRefusedError):
         client(answer).prompt_logprobs("m", [1, 7, 8])
+
+
+def test_what_somebody_loads_between_two_looks_is_not_taken_for_unwanted(stage: Stage) -> None:
+    network = stage.networks[0]
+
+    def listed_late(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models" and not network.loaded:
+            stage.want("a@v1")  # somebody else wants it, and loads it, after this look began
+            network.loaded["a@v1"] = str(stage.folder / "a@v1")
+        return network(request)
+
+    client = VllmClient("http://v", transport=httpx.MockTransport(listed_late))
+    Reconciler([client], lambda: stage.wanted, stage.folder).once()
+    assert network.calls == []
+    assert set(network.loaded) == {"a@v1"}

@@ -95,6 +95,10 @@ class ConflictError(TrainerError):
     """What was asked does not fit the state that things are in."""
 
 
+class BadSamplingError(TrainerError, ValueError):
+    """A request for samples that no sampler can answer."""
+
+
 class KeyFileError(TrainerError, ValueError):
     """The file of API keys cannot be read or written, or holds none where one is needed."""
 

@@ -18,7 +18,7 @@ from typing import IO
 
 import sqlalchemy as sa
 
-from metaclaw_trainer.schema import agents, owners, samples
+from metaclaw_trainer.schema import agents, owners, run_weights, samples
 from metaclaw_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -90,11 +90,12 @@ class Owner:
 
 
 def give_back(c: sa.Connection, owner: str) -> int:
-    """Samples claimed by ``owner`` wait again, agents that it trained are free; how many samples."""
+    """Samples claimed by ``owner`` wait again, its agents are free, its sessions are over; how many samples."""
     freed = c.execute(
         samples.update()
         .where(samples.c.owner == owner, samples.c.state == "claimed")
         .values(state="waiting", owner=None)
     )
     c.execute(agents.update().where(agents.c.owner == owner).values(owner=None))
+    c.execute(run_weights.delete().where(run_weights.c.owner == owner))
     return freed.rowcount

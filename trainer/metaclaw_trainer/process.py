@@ -22,6 +22,7 @@ from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.reconcile import Reconciler
 from metaclaw_trainer.runs import Runs
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
+from metaclaw_trainer.sampler import Sampler
 from metaclaw_trainer.services import Services
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import open_store
@@ -45,12 +46,13 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
     store = open_store(settings.store_url)
     engine = EngineThread(settings)
     engine.start()
-    runs = Runs(engine, store, settings)
     owner = Owner(store, settings.folder / "owners", settings.lease_seconds)
     vocabulary, device = engine.call(lambda e: (e.base.vocabulary, str(e.base.device)))
     limits = Limits(vocabulary, settings.max_sample_tokens, settings.max_queued, settings.batch_size)
     versions = StoredVersions(store, owner.id)
+    runs = Runs(engine, store, owner.id, settings)
     clients = tuple(VllmClient(url, settings.vllm_api_key) for url in settings.vllm_urls)
+    reconciler = Reconciler(clients, lambda: [*versions.served(), *runs.wanted()], settings.folder)
     services = Services(
         settings=settings,
         store=store,
@@ -62,7 +64,8 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
         engine=engine,
         runs=runs,
         vllm=clients,
-        reconciler=Reconciler(clients, lambda: [*versions.served(), *runs.wanted()], settings.folder),
+        reconciler=reconciler,
+        sampler=Sampler(clients, runs, versions, reconciler, vocabulary),
         plugins=create_plugin_manager(settings.plugins_path, settings.hook_timeout),
         metrics=Metrics(),
         device=device,

@@ -31,6 +31,7 @@ class ReplicaState:
     reachable: bool = False
     held: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)  # name -> reason
+    error: str | None = None  # why nothing could be done
     loaded: int = 0
     unloaded: int = 0
 
@@ -82,41 +83,44 @@ class Reconciler:
 
     def once(self, retry_refused: bool = False) -> list[ReplicaState]:
         """One look at every replica, all at once. ``retry_refused``: also what was refused a moment ago."""
-        wanted = {entry.name: entry.path for entry in self._wanted()}
-        jobs = [self._pool.submit(self._replica, i, wanted, retry_refused) for i in range(len(self._clients))]
+        jobs = [self._pool.submit(self._replica, i, retry_refused) for i in range(len(self._clients))]
         return [job.result() for job in jobs]
 
     def outcome(self, names: Sequence[str], states: Sequence[ReplicaState]) -> tuple[list[str], dict[str, str]]:
         """Of ``names``: those that every replica holds, and for the others the reason of the first that does not."""
         held, failed = [], {}
         for name in names:
-            reasons = [state.failed.get(name, "not loaded yet") for state in states if name not in state.held]
+            reasons = [
+                state.failed.get(name) or state.error or "not loaded yet" for state in states if name not in state.held
+            ]
             if reasons:
                 failed[name] = reasons[0]
             else:
                 held.append(name)
         return held, failed
 
-    def _replica(self, index: int, wanted: dict[str, str], retry_refused: bool) -> ReplicaState:
+    def _replica(self, index: int, retry_refused: bool) -> ReplicaState:
         client, state = self._clients[index], ReplicaState(self._clients[index].url)
         with self._locks[index]:
             before = self.states[index]
             try:
-                self._bring(index, wanted, state, retry_refused)
+                self._bring(index, state, retry_refused)
                 state.reachable = True
                 if not before.reachable:
                     log.info("vLLM at %s answers; it holds %d adapters of ours", client.url, len(state.held))
             except (VllmUnavailableError, VllmRefusedError) as error:
-                for name in wanted.keys() - state.held:
-                    state.failed.setdefault(name, str(error))
+                state.error = str(error)
                 if before.reachable:
                     log.warning("%s", error)
             self.states[index] = state
         return state
 
-    def _bring(self, index: int, wanted: dict[str, str], state: ReplicaState, retry_refused: bool) -> None:
+    def _bring(self, index: int, state: ReplicaState, retry_refused: bool) -> None:
         client, refused = self._clients[index], self._refused[index]
         there = {model.name: model.root for model in client.models() if model.parent is not None}
+        # Read after the list: whoever loads an adapter has written before that it is wanted, so what was just loaded
+        # by somebody else is never taken for unwanted.
+        wanted = {entry.name: entry.path for entry in self._wanted()}
         for name, path in wanted.items():
             if there.get(name) == path:
                 state.held.add(name)

@@ -31,7 +31,7 @@ from metaclaw_trainer.errors import (
 )
 from metaclaw_trainer.losses import LossOptions
 from metaclaw_trainer.objective import BatchResult
-from metaclaw_trainer.schema import issued_paths
+from metaclaw_trainer.schema import issued_paths, run_weights
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import Store
 from metaclaw_trainer.versions import Wanted
@@ -73,9 +73,10 @@ class Created:
 class Runs:
     """All open runs. Safe to use from several threads."""
 
-    def __init__(self, engine: EngineThread, store: Store, settings: TrainerSettings) -> None:
+    def __init__(self, engine: EngineThread, store: Store, owner: str, settings: TrainerSettings) -> None:
         self._engine = engine
         self._store = store
+        self._owner = owner
         self._settings = settings
         self._folder = settings.folder / "runs"
         self._lock = threading.Lock()
@@ -181,6 +182,7 @@ class Runs:
             label = f"{name or f'step_{state.step:04d}'}-{run.saves}"
             path = self._write(run, "weights", label, Checkpoint(state, {}))
             run.weights.append(Wanted(f"run.{run.id}.{run.saves}", str(path)))
+            self._want(run)
             for old in run.weights[:-KEPT_WEIGHTS]:
                 self._remove(Path(old.path))
             del run.weights[:-KEPT_WEIGHTS]
@@ -237,9 +239,17 @@ class Runs:
         return newest.weights[-1]
 
     def wanted(self) -> list[Wanted]:
-        """The newest weights of every run: vLLM shall hold them."""
-        with self._lock:
-            return [run.weights[-1] for run in self._runs.values() if run.weights]
+        """The newest weights of every session, of other trainers too: vLLM shall hold them."""
+        with self._store.read() as c:
+            return [Wanted(row.name, row.path) for row in c.execute(sa.select(run_weights))]
+
+    def _want(self, run: Run) -> None:
+        with self._store.write() as c:
+            c.execute(run_weights.delete().where(run_weights.c.session_id == run.id))
+            if run.weights:
+                newest = run.weights[-1]
+                row = {"session_id": run.id, "name": newest.name, "path": newest.path, "owner": self._owner}
+                c.execute(run_weights.insert().values(**row))
 
     def close(self, run: Run) -> None:
         """End a run; its checkpoints stay, its weights go."""
@@ -248,7 +258,9 @@ class Runs:
                 return
         with run.lock:
             self._engine.call(lambda e: e.drop(run.key))
-            for saved in run.weights:
+            gone, run.weights = run.weights, []
+            self._want(run)
+            for saved in gone:
                 self._remove(Path(saved.path))
         log.info("session %s closed", run.id)
 

@@ -110,6 +110,16 @@ owners = sa.Table(
 # The whole set of versions that vLLM shall hold.
 served = sa.Table("served", metadata, sa.Column("name", sa.String(80), primary_key=True))
 
+# What vLLM shall hold besides: the newest weights of each session of the fork's wire.
+run_weights = sa.Table(
+    "run_weights",
+    metadata,
+    sa.Column("session_id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(80), nullable=False),
+    sa.Column("path", sa.String(600), nullable=False),
+    sa.Column("owner", sa.String(64), nullable=False),  # process whose session it is
+)
+
 # Folders that this server wrote for the fork's wire: only these may be loaded again.
 issued_paths = sa.Table(
     "issued_paths",

@@ -14,6 +14,7 @@ from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.reconcile import Reconciler
 from metaclaw_trainer.runs import Runs
 from metaclaw_trainer.sample_queue import StoredQueue
+from metaclaw_trainer.sampler import Sampler
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import Store
 from metaclaw_trainer.versions import StoredVersions
@@ -35,6 +36,7 @@ class Services:
     runs: Runs
     vllm: tuple[VllmClient, ...]
     reconciler: Reconciler
+    sampler: Sampler
     plugins: Plugins
     metrics: Metrics
     device: str

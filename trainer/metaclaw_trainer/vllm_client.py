@@ -50,13 +50,17 @@ class VllmClient:
 
     def __init__(self, url: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=CONTROL_TIMEOUT, transport=transport, trust_env=False
+            base_url=self.url, headers=self._headers, timeout=CONTROL_TIMEOUT, transport=transport, trust_env=False
         )
 
     def close(self) -> None:
         self._http.close()
+
+    def asynchronous(self, timeout: httpx.Timeout) -> httpx.AsyncClient:
+        """For answers that stream; the caller closes it."""
+        return httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout, trust_env=False)
 
     def models(self) -> list[ServedModel]:
         """What vLLM serves now: the base model first, then its adapters."""

@@ -23,6 +23,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.UnknownVersionError, 404, "unknown_version"),
     (errors.UnknownLossError, 422, "unknown_loss"),
     (errors.InvalidDatumError, 422, "invalid_datum"),
+    (errors.BadSamplingError, 422, "bad_sampling"),
     (errors.AdapterExistsError, 409, "conflict"),
     (errors.ConflictError, 409, "conflict"),
     (errors.CheckpointRefusedError, 409, "checkpoint_refused"),
