@@ -244,6 +244,7 @@ judgements = sa.Table(
     "judgements",
     metadata,
     sa.Column("key", sa.String(64), primary_key=True),  # sha256 of the model, the votes and all that it was shown
+    sa.Column("trace_id", sa.String(40), nullable=False),  # it may quote this one, and goes when that goes
     sa.Column("value", sa.JSON, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
     sa.Index("ix_judgements_at", "at"),

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.store.counters import count, read_counters
 from metaclaw_plugin.store.engine import dialect_insert
-from metaclaw_plugin.store.schema import judgements
+from metaclaw_plugin.store.schema import judgements, traces
 
 KEPT = 30 * 86_400.0  # seconds
 _CALLS, _DOLLARS = "judge_calls", "judge_microdollars"  # counters, by day
@@ -28,9 +28,9 @@ class StoreJudgeBook:
             found = c.execute(sa.select(judgements.c.value).where(judgements.c.key == key)).scalar_one_or_none()
         return None if found is None else dict(found)
 
-    def keep(self, key: str, judgement: Mapping[str, Any]) -> None:
+    def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
         with self._engine.begin() as c:
-            values = {"key": key, "value": dict(judgement), "at": time.time()}
+            values = {"key": key, "trace_id": trace_id, "value": dict(judgement), "at": time.time()}
             c.execute(dialect_insert(c, judgements).values(**values).on_conflict_do_nothing())
 
     def spent(self, day: str) -> tuple[int, float]:
@@ -47,6 +47,7 @@ class StoreJudgeBook:
                 count(c, _DOLLARS, day, round(dollars * 1e6))
 
     def forget_old(self) -> int:
-        """Drop judgements of more than thirty days ago; returns how many."""
+        """Drop judgements of more than thirty days ago, and of traces that were deleted; returns how many."""
+        gone = ~sa.exists().where(traces.c.id == judgements.c.trace_id)
         with self._engine.begin() as c:
-            return c.execute(sa.delete(judgements).where(judgements.c.at < time.time() - KEPT)).rowcount
+            return c.execute(sa.delete(judgements).where(sa.or_(judgements.c.at < time.time() - KEPT, gone))).rowcount

@@ -63,7 +63,7 @@ class Scorer:
             while True:
                 if len(pending) <= capacity // 2:
                     claimed, broken = await asyncio.to_thread(self._claim, capacity - len(pending))
-                    pending |= {asyncio.create_task(self._score(item)) for item in claimed}
+                    pending |= {asyncio.create_task(self.score(item)) for item in claimed}
                     scored += await asyncio.to_thread(self._store, broken) if broken else 0
                 if not pending:
                     return scored
@@ -79,7 +79,7 @@ class Scorer:
         now = time.time()
         settings = self._ctx.settings
         with self._ctx.engine.connect() as c:
-            self._plans = plan_all(self._ctx.plugins, settings.rewards, list_agents(c))
+            self.make_plans(c)
             ready = leases.ready_to_score(
                 now,
                 settings.worker.evidence_timeout,
@@ -92,9 +92,14 @@ class Scorer:
         with self._ctx.engine.begin() as c:
             seqs = leases.claim_traces(c, ready, self._ctx.owner, until, limit)
         with self._ctx.engine.connect() as c:
-            return self._load(c, seqs)
+            return self.load(c, seqs)
 
-    def _load(self, c: sa.Connection, seqs: Sequence[int]) -> tuple[list[Claimed], list[Outcome]]:
+    def make_plans(self, c: sa.Connection) -> None:
+        """Look anew at which rewards are on for whom."""
+        self._plans = plan_all(self._ctx.plugins, self._ctx.settings.rewards, list_agents(c))
+
+    def load(self, c: sa.Connection, seqs: Sequence[int]) -> tuple[list[Claimed], list[Outcome]]:
+        """The traces with the evidence about them; and for those that are damaged, that they are."""
         found: list[tuple[int, Trace]] = []
         broken: list[Outcome] = []
         for row in c.execute(sa.select(traces).where(traces.c.seq.in_(seqs)).order_by(traces.c.seq)).mappings():
@@ -118,9 +123,10 @@ class Scorer:
         ]
         return claimed, broken
 
-    async def _score(self, item: Claimed) -> Outcome:
+    async def score(self, item: Claimed) -> Outcome:
+        """Ask the rewards that are on, and combine what they say."""
         trace = item.trace
-        plan = self._plan(trace.agent)
+        plan = self.plan(trace.agent)
         results = await self._ctx.plugins.call(
             "score_trace", only=plan.turn_rewards, trace=trace, next_trace=item.next_trace, session=item.session
         )
@@ -142,7 +148,8 @@ class Scorer:
             feedback=None if item.feedback is None else item.feedback.value,
         )
 
-    def _plan(self, agent: str) -> RewardPlan:
+    def plan(self, agent: str) -> RewardPlan:
+        """How traces of ``agent`` are scored."""
         if agent not in self._plans:  # removed since, or never added: its traces are scored all the same
             self._plans[agent] = plan_rewards(self._ctx.plugins, self._ctx.settings.rewards, agent)
         return self._plans[agent]

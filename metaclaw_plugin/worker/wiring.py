@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from metaclaw_hooks.plugins import Plugins, create_plugin_manager
 from metaclaw_hooks.rewards.judge import JudgeConfig, JudgeReward
 from metaclaw_hooks.rewards.length import LengthReward
@@ -20,14 +22,14 @@ from metaclaw_plugin.worker.judge_book import StoreJudgeBook
 WORKER_HOOKS = ("score_trace", "combine_rewards", "accept_adapter", "adapter_published", "training_window")
 
 
-def load_plugins(settings: Settings, engine: Engine) -> Plugins:
-    """Load everything that the worker may call.
+def load_plugins(settings: Settings, engine: Engine, wanted: Collection[str] = WORKER_HOOKS) -> Plugins:
+    """Load everything that the worker may call, or whatever implements one of the ``wanted`` hooks.
 
     Raises:
         ConfigError: if a built-in reward is set up wrongly.
     """
     builtins = built_in_rewards(settings, engine)
-    return create_plugin_manager(settings.hooks_path, settings.hooks.timeout, builtins, wanted=WORKER_HOOKS)
+    return create_plugin_manager(settings.hooks_path, settings.hooks.timeout, builtins, wanted=wanted)
 
 
 def built_in_rewards(settings: Settings, engine: Engine) -> dict[str, object]:

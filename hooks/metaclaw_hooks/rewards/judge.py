@@ -68,8 +68,8 @@ class JudgeBook(Protocol):
     def find(self, key: str) -> dict[str, Any] | None:
         """An earlier judgement of the same content."""
 
-    def keep(self, key: str, judgement: Mapping[str, Any]) -> None:
-        """Keep a judgement."""
+    def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
+        """Keep a judgement for as long as the trace that it is about."""
 
     def spent(self, day: str) -> tuple[int, float]:
         """Calls made and US dollars spent on ``day`` (ISO, UTC)."""
@@ -107,7 +107,7 @@ class JudgeReward:
                 raise HookFailedError(f"none of {len(votes)} answers of {self._config.model} was a verdict")
             known = judgement(heard)
             if len(heard) == len(votes):  # what came of a bad hour is not kept for ever
-                await asyncio.to_thread(self._book.keep, key, known)
+                await asyncio.to_thread(self._book.keep, key, trace.id, known)
         return Reward(SOURCE, known["value"], known["rationale"], known["confidence"], known["hint"])
 
     def _key(self, messages: list[dict[str, str]]) -> str:
