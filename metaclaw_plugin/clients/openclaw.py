@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,10 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def agents_in(config: Mapping[str, Any]) -> list[str]:
     """Ids of the agents that the configuration lists; ``main`` alone when it lists none."""
-    listed = _get(config, ("agents", "list"))
-    ids = (
-        [str(entry["id"]) for entry in listed if isinstance(entry, dict) and entry.get("id")]
-        if isinstance(listed, list)
-        else []
-    )
+    keyed, listed = _get(config, ("agents", "entries")), _get(config, ("agents", "list"))
+    ids = list(keyed) if isinstance(keyed, dict) else []
+    if isinstance(listed, list):
+        ids += [str(entry["id"]) for entry in listed if isinstance(entry, dict) and entry.get("id")]
     return ids or [MAIN]
 
 
@@ -134,7 +132,7 @@ def disconnect(config: Mapping[str, Any], changes: Sequence[Change]) -> tuple[di
     """The configuration as it was, and notes on values that somebody changed since, which are left alone."""
     new = copy.deepcopy(dict(config))
     notes = []
-    for change in reversed(changes):
+    for change in reversed([_where_now(new, change) for change in changes]):
         if _get(new, change.path) != change.after:
             notes.append(f"{'.'.join(change.path)} was changed by somebody else since and is left as it is")
         elif change.absent:
@@ -180,7 +178,16 @@ def _provider(connection: Connection) -> dict[str, Any]:
     }
 
 
+def _where_now(config: Mapping[str, Any], change: Change) -> Change:
+    """OpenClaw moves ``agents.list`` to keyed ``agents.entries`` when it writes its configuration."""
+    if change.path[:2] != ("agents", "list") or _get(config, ("agents", "list")) is not None:
+        return change
+    return replace(change, path=("agents", "entries", change.path[2].removeprefix("#"), *change.path[3:]))
+
+
 def _model_path(config: Mapping[str, Any], agent: str) -> tuple[str, ...]:
+    if _get(config, ("agents", "entries", agent)) is not None:
+        return ("agents", "entries", agent, "model")
     listed = _get(config, ("agents", "list"))
     if isinstance(listed, list) and any(isinstance(entry, dict) and entry.get("id") == agent for entry in listed):
         return ("agents", "list", f"#{agent}", "model")

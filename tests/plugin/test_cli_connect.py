@@ -48,7 +48,10 @@ def test_an_agent_gets_its_own_provider_key_and_affinity_headers() -> None:
     assert not any("mc-1" in change.told() for change in changes)
 
 
-@pytest.mark.parametrize("config", [BARE, TWO, {}, {"agents": {"list": [{"id": "main"}]}}])
+KEYED: dict[str, Any] = {"agents": {"entries": {"alpha": {"model": "openai/gpt"}, "beta": {}}}}
+
+
+@pytest.mark.parametrize("config", [BARE, TWO, KEYED, {}, {"agents": {"list": [{"id": "main"}]}}])
 def test_undo_puts_back_exactly_what_was_there(config: dict[str, Any]) -> None:
     before = copy.deepcopy(config)
     new, changes = connect(config, [connection(name) for name in agents_in(config)])
@@ -80,6 +83,13 @@ def test_what_somebody_changed_since_is_left_alone_and_told() -> None:
     assert back["agents"]["list"][0]["model"] == "openai/other"
     assert "metaclaw-alpha" not in back["models"]["providers"]
     assert notes == ["agents.list.#alpha.model was changed by somebody else since and is left as it is"]
+
+
+def test_undo_finds_its_entries_after_openclaw_moved_its_list() -> None:
+    new, changes = connect({"agents": {"list": [{"id": "alpha", "model": "openai/gpt"}]}}, [connection("alpha")])
+    new["agents"]["entries"] = {entry.pop("id"): entry for entry in new["agents"].pop("list")}
+    back, notes = disconnect(new, changes)
+    assert (back, notes) == ({"agents": {"entries": {"alpha": {"model": "openai/gpt"}}}}, [])
 
 
 def test_an_agent_that_openclaw_does_not_have_is_refused() -> None:
