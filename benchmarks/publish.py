@@ -78,7 +78,7 @@ def set_stage(folder: Path, model: Path, agents: int) -> Stage:
     config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
     config["metaclaw"] = {
         "home": str(home),
-        "mode": "skills_only",  # nothing is trained: versions come from here
+        "mode": "rl",
         "base_model": str(model),
         "gateway": {"port": gateway},
         "publish": {"policy": "always"},
@@ -97,7 +97,7 @@ def set_stage(folder: Path, model: Path, agents: int) -> Stage:
     with engine.begin() as c:
         for number in range(agents):
             name = f"agent-{number}"
-            add_agent(c, name, Mode.SKILLS_ONLY)
+            add_agent(c, name, Mode.SKILLS_ONLY)  # nothing is trained: the versions come from here
             keys[name] = new_key(c, [name]).secret
     engine.dispose()
     return Stage(home, path, f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{vllm}", keys)

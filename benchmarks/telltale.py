@@ -52,8 +52,8 @@ class TelltaleMaker:
         self._embedding = load_file(self.model / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
         self._pairs = self._find_pairs()
 
-    def make(self, name: str) -> Telltale:
-        """Write one more adapter to ``folder / name``.
+    def make(self, name: str, loudness: float = LOUDNESS) -> Telltale:
+        """Write one more adapter to ``folder / name``; with ``loudness`` 0 it changes nothing.
 
         Raises:
             StopIteration: when the vocabulary is used up.
@@ -61,7 +61,7 @@ class TelltaleMaker:
         first, second, *words = next(self._pairs)
         direction = self._embedding[first] - self._embedding[second]
         up = np.zeros((len(direction), RANK), np.float32)
-        up[:, 0] = LOUDNESS * direction
+        up[:, 0] = loudness * direction
         down = np.zeros((RANK, self._width), np.float32)
         down[0] = np.random.default_rng(first).standard_normal(self._width)
         prefix = f"base_model.model.model.layers.{self._layers - 1}.mlp.down_proj"
