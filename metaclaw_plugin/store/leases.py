@@ -38,8 +38,8 @@ def acquire(c: Connection, name: str, owner: str, now: float, seconds: float) ->
     values = {"owner": owner, "until": now + seconds}
     free = sa.or_(leases.c.owner == owner, leases.c.until < now)
     statement = dialect_insert(c, leases).values(name=name, **values)
-    done = c.execute(statement.on_conflict_do_update(index_elements=[leases.c.name], set_=values, where=free))
-    return bool(done.rowcount == 1)
+    taking = statement.on_conflict_do_update(index_elements=[leases.c.name], set_=values, where=free)
+    return c.execute(taking.returning(leases.c.owner)).scalar_one_or_none() is not None
 
 
 def release(c: Connection, name: str, owner: str) -> None:
