@@ -120,6 +120,27 @@ def rollback(
 
 
 @app.command()
+def retrain(
+    agent: Annotated[str, typer.Argument(help="The agent whose traces were deleted.")],
+    without_deleted: Annotated[
+        bool, typer.Option("--without-deleted", help="Leave out every version that learned from deleted traces.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Go back to the last version that learned from no deleted trace, and train on from there.
+
+    `metaclaw traces delete` says which versions have learned from what it deletes.
+    """
+    from metaclaw_plugin.errors import ConfigError
+    from metaclaw_plugin.store.lineage import retrain_without_deleted
+
+    if not without_deleted:
+        raise ConfigError("say what to leave out: metaclaw adapters retrain AGENT --without-deleted")
+    with _store(config) as engine, engine.begin() as c:
+        typer.echo(retrain_without_deleted(c, agent))
+
+
+@app.command()
 def export(
     name: VersionName,
     folder: Annotated[Path, typer.Argument(help="New folder to write; it must not exist yet.")],

@@ -121,7 +121,7 @@ def delete(
     """Delete traces for good, with their rewards and feedback, and report what went.
 
     What was sent to the trainer is taken out of its queue by the worker. What an adapter has learned stays in it:
-    the report names how many traces that may concern.
+    the report names the versions, and `metaclaw adapters retrain` starts again without them.
     """
     from metaclaw_plugin.errors import ConfigError
     from metaclaw_plugin.store.deletion import delete_all
@@ -132,12 +132,24 @@ def delete(
     engine = _open(config)
     if not yes:
         typer.confirm(f"Delete {_count(engine, where)} trace(s) for good?", abort=True)
-    report = asdict(delete_all(engine, where))
+    report = asdict(delete_all(engine, where)) | {"learned_by": _learned_by(engine)}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
     for name, value in report.items():
-        typer.echo(f"{name:<11} {value}")
+        typer.echo(f"{name:<11} {', '.join(value) or 'no version' if isinstance(value, list) else value}")
+
+
+def _learned_by(engine: Engine) -> list[str]:
+    """Names of the versions that have learned from traces which are deleted now."""
+    from metaclaw_hooks.names import version_name
+
+    from metaclaw_plugin.store.agents import list_agents
+    from metaclaw_plugin.store.lineage import learned_from_deleted
+
+    with engine.connect() as c:
+        names = [record.name for record in list_agents(c)]
+        return [version_name(name, number) for name in names for number in learned_from_deleted(c, name)]
 
 
 def parse_time(text: str, now: float) -> float:
