@@ -85,3 +85,7 @@ class SamplerRefusedError(MetaclawError):
 
 class CalendarError(MetaclawError):
     """A calendar that cannot be read, or is none."""
+
+
+class BackupError(MetaclawError):
+    """A backup could not be written, or is none that can be restored."""

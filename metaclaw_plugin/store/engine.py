@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import StoreError
-from metaclaw_plugin.store.upgrade import bring_up_to_date
+from metaclaw_plugin.store.upgrade import bring_up_to_date, is_up_to_date
 
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
 _SET_UP_LOCK = 0x6D657461  # advisory lock that keeps two processes from creating tables at once
@@ -58,6 +58,10 @@ def open_store(url: str) -> Engine:
         sa.event.listen(plain, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
     try:
+        with engine.connect() as c:
+            ready = is_up_to_date(c)
+        if ready:
+            return engine
         with engine.begin() as c:
             if engine.dialect.name == "postgresql":
                 c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))

@@ -18,6 +18,11 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 _stamp = sa.Table("alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True))
 
 
+def is_up_to_date(c: Connection) -> bool:
+    """Whether the store has this release's tables; reads only."""
+    return _revision(c) == HEAD and all(sa.inspect(c).has_table(table.name) for table in metadata.sorted_tables)
+
+
 def bring_up_to_date(c: Connection) -> None:
     """Make the tables of an empty store, or run the revisions that an older one lacks.
 

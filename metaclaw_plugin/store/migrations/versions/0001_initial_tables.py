@@ -103,6 +103,7 @@ def upgrade() -> None:
     op.create_table(
         "judgements",
         sa.Column("key", sa.String(length=64), nullable=False),
+        sa.Column("trace_id", sa.String(length=40), nullable=False),
         sa.Column("value", sa.JSON(), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("key"),
