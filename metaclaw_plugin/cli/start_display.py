@@ -54,7 +54,9 @@ class StartDisplay:
     def show_children(self, children: Sequence[Child]) -> None:
         """Show the children as they are, those that start with the newest line of their log."""
         for child in children:
-            detail = child.last_line() if self._live and child.state.phase == "starting" else child.state.detail
+            detail = child.state.detail
+            if self._live and not detail and child.state.phase == "starting":
+                detail = child.last_line()
             self._show(child.state, detail)
 
     def show_states(self, states: Sequence[ServiceState]) -> None:

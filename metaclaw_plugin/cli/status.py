@@ -13,6 +13,9 @@ from metaclaw_plugin.cli.options import AsJson, Config
 if TYPE_CHECKING:
     from metaclaw_plugin.status.collect import Status
 
+# Counters that grow when all is well; the others are worth a line.
+EVERYDAY = {"stored_bytes", "hook_calls", "hook_microseconds", "samples_forwarded", "feedback_applied"}
+
 app = typer.Typer(rich_markup_mode=None)
 
 
@@ -51,8 +54,9 @@ def render(status: Status) -> str:
         parts += ["", *columns(rows)]
     else:
         parts += ["", "No agents yet: `metaclaw agents add NAME` makes one and prints its key."]
-    if status.counters:
-        parts += ["", *columns([("COUNTED", "FOR", ""), *((n, label, str(v)) for n, label, v in status.counters)])]
+    told = [(name, label, str(value)) for name, label, value in status.counters if name not in EVERYDAY]
+    if told:
+        parts += ["", *columns([("WENT WRONG", "FOR", "TIMES"), *told])]
     parts += [f"problem: {problem}" for problem in status.problems]
     return "\n".join(parts)
 

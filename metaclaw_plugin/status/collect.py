@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from metaclaw_plugin.status.probes import Answer, Question, ask_all
 from metaclaw_plugin.status.store_reader import StoredAgent, StoreView, read_store
 from metaclaw_plugin.status.why import TrainerView, why_not_training
 from metaclaw_plugin.supervisor.plan import reachable, trains
-from metaclaw_plugin.supervisor.state import Home, ServiceState, SupervisorState
+from metaclaw_plugin.supervisor.state import Home, ServiceState, SupervisorState, same_process
 
 HEARTBEAT_DEAD = 12.0  # seconds without a heartbeat after which a worker does not count as running
 
@@ -66,7 +67,7 @@ def collect(settings: Settings) -> Status:
         store = read_store(settings.store_url)
     except StoreError as error:
         problems.append(str(error))
-    processes = _processes(settings, supervisor, answers, store.worker_at)
+    processes = _processes(settings, supervisor, answers, store.worker)
     by_name = {process.name: process for process in processes}
     trainer = _trainer_view(answers.get("trainer"))
     worker = by_name["worker"]
@@ -101,7 +102,7 @@ def _questions(settings: Settings) -> dict[str, Question]:
 
 
 def _processes(
-    settings: Settings, supervisor: SupervisorState | None, answers: dict[str, Answer], worker_at: float | None
+    settings: Settings, supervisor: SupervisorState | None, answers: dict[str, Answer], worker: tuple[str, float] | None
 ) -> tuple[ProcessStatus, ...]:
     supervised = {service.name: service for service in supervisor.services} if supervisor else {}
     urls = {name: question.url for name, question in _questions(settings).items()}
@@ -110,16 +111,27 @@ def _processes(
         if name in supervised or name in answers:
             found.append(_process(name, supervised.get(name), answers.get(name), urls.get(name, "")))
     if "worker" not in supervised:
-        found.append(_lone_worker(worker_at))
+        found.append(_lone_worker(worker))
     return tuple(found)
 
 
-def _lone_worker(at: float | None) -> ProcessStatus:
+def _lone_worker(worker: tuple[str, float] | None) -> ProcessStatus:
     """A worker that `metaclaw start` did not start has no port; it is known by its heartbeat in the store."""
-    age = None if at is None else max(0.0, time.time() - at)
-    if age is not None and age < HEARTBEAT_DEAD:
-        return ProcessStatus("worker", "ready", "", f"last at work {age:.0f} s ago")
-    return ProcessStatus("worker", "down", "", "not running" if age is None else f"last at work {age:.0f} s ago")
+    if worker is None:
+        return ProcessStatus("worker", "down", "", "not running")
+    owner, at = worker
+    age = max(0.0, time.time() - at)
+    alive = age < HEARTBEAT_DEAD and not _ended_here(owner)
+    return ProcessStatus("worker", "ready" if alive else "down", "", f"last at work {age:.0f} s ago")
+
+
+def _ended_here(owner: str) -> bool:
+    """Whether ``owner`` (host:pid:start in hundredths of a second) was a process of this machine and is gone."""
+    host, _, rest = owner.partition(":")
+    pid, _, started = rest.partition(":")
+    if host != socket.gethostname()[:24] or not (pid.isdigit() and started.isdigit()):
+        return False
+    return not same_process(int(pid), int(started) / 100)
 
 
 def _process(name: str, service: ServiceState | None, answer: Answer | None, url: str) -> ProcessStatus:

@@ -6,6 +6,7 @@ SQLAlchemy would take. Any other database is read through SQLAlchemy. The statem
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ _VERDICTS = (
     f"(SELECT trainable, reason FROM traces WHERE agent = :agent ORDER BY seq DESC LIMIT {NEWEST}) newest "
     "GROUP BY trainable, reason"
 )
-_HEARTBEAT = "SELECT at FROM facts WHERE name = 'worker_heartbeat'"  # written by the worker every few seconds
+_HEARTBEAT = "SELECT value, at FROM facts WHERE name = 'worker_heartbeat'"  # written by the worker every few seconds
 _COUNTERS = "SELECT name, label, value FROM counters ORDER BY name, label"
 
 
@@ -60,7 +61,7 @@ class StoreView:
 
     agents: tuple[StoredAgent, ...] = ()
     counters: tuple[tuple[str, str, int], ...] = ()  # name, label, value
-    worker_at: float | None = None  # when a worker was last at work, in seconds since the epoch
+    worker: tuple[str, float] | None = None  # who was last at work (host:pid:start), and when since the epoch
     empty: bool = False  # there is no store yet
 
 
@@ -146,4 +147,8 @@ def _view(query: Query) -> StoreView:
         )
     counters = tuple((name, label, int(value)) for name, label, value in query(_COUNTERS))
     heartbeat = query(_HEARTBEAT)
-    return StoreView(tuple(agents), counters, float(heartbeat[0][0]) if heartbeat else None)
+    worker = None
+    for value, at in heartbeat:
+        told = json.loads(value) if isinstance(value, str) else value  # SQLite keeps JSON as text
+        worker = (str(told.get("owner", "")), float(at))
+    return StoreView(tuple(agents), counters, worker)

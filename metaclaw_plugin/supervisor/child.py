@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,6 +21,8 @@ from metaclaw_plugin.errors import ProcessError
 from metaclaw_plugin.supervisor.diagnosis import explain, meaningful, read_tail
 from metaclaw_plugin.supervisor.plan import Service
 from metaclaw_plugin.supervisor.state import ServiceState, created_at
+
+logger = logging.getLogger(__name__)
 
 STABLE = 60.0  # seconds of running after which the next death is not counted with the last one
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before a restart
@@ -35,6 +41,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._started = 0.0
+        self._warming: threading.Thread | None = None
         self._deaths = 0
         self._next_start = 0.0
 
@@ -64,8 +71,9 @@ class Child:
         except OSError as error:
             raise ProcessError(f"cannot start the {service.name}: {error}") from error
         self._started = time.monotonic()
+        self._warming = None
         pid = self._process.pid
-        self._set("starting", pid=pid, created=created_at(pid))
+        self._set("starting", pid=pid, created=created_at(pid), detail="")
 
     def watch(self, http: httpx.Client) -> None:
         """Look once: is it up, is it ready, is it time to start it again?"""
@@ -79,9 +87,9 @@ class Child:
                 self.was_ready = True
                 self._set("ready")
             elif time.monotonic() - self._started > self.service.start_timeout:
-                self._set("starting", detail=f"not ready after {self.service.start_timeout:.0f} s: {self.why()}")
+                reason = f"not ready after {self.service.start_timeout:.0f} s: {self.why()}"
                 self.kill()
-                self._died()
+                self._died(reason)
 
     def why(self) -> str:
         """What the log of this run says last, and the remedy."""
@@ -119,17 +127,32 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _answers(self, http: httpx.Client) -> bool:
-        url = self.service.ready_url
-        if url is None:
-            line = self.service.ready_line
-            return line is None or line in read_tail(self.log, self._log_start)
+        service = self.service
+        if service.ready_path is None:
+            return service.ready_line is None or service.ready_line in read_tail(self.log, self._log_start)
+        if self._warming is not None:
+            return not self._warming.is_alive()
         try:
-            return http.get(url).status_code == 200
+            if http.get(service.url + service.ready_path).status_code != 200:
+                return False
         except httpx.HTTPError:
             return False
+        if service.warm_up is None:
+            return True
+        self._set("starting", detail="first request")
+        self._warming = threading.Thread(target=self._warm_up, args=service.warm_up, daemon=True)
+        self._warming.start()
+        return False
 
-    def _died(self) -> None:
-        reason = self.state.detail or self.why()
+    def _warm_up(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send the first request. Should it fail, the next one will tell; readiness is not lost over it."""
+        try:
+            httpx.post(self.service.url + path, json=body, timeout=self.service.start_timeout, trust_env=False)
+        except httpx.HTTPError as error:
+            logger.warning("the first request to the %s failed: %s", self.service.name, error)
+
+    def _died(self, reason: str | None = None) -> None:
+        reason = reason or self.why()
         self._sweep()
         self._process = None
         self._deaths = 1 if time.monotonic() - self._started > STABLE else self._deaths + 1

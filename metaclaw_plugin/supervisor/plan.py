@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from metaclaw_hooks.types import Mode
@@ -23,14 +24,15 @@ class Service:
     host: str = "127.0.0.1"
     port: int | None = None
     ready_path: str | None = None  # answers 200 once it is ready
+    warm_up: tuple[str, dict[str, Any]] | None = None  # path and JSON body of a first request, once it answers
     ready_line: str | None = None  # for a process without a port: stands in its log once it is ready
     start_timeout: float = 300.0  # seconds
     grace: float = 20.0  # seconds between SIGTERM and SIGKILL
     port_setting: str = ""  # what to change when the port is taken
 
     @property
-    def ready_url(self) -> str | None:
-        return f"http://{reachable(self.host)}:{self.port}{self.ready_path}" if self.ready_path else None
+    def url(self) -> str:
+        return f"http://{reachable(self.host)}:{self.port}"
 
 
 def reachable(host: str) -> str:
@@ -134,7 +136,7 @@ def plan(settings: Settings, config: Path | None) -> list[Service]:
 
 
 def _vllm(settings: Settings) -> Service:
-    from metaclaw_plugin.vllm_command import vllm_command, vllm_port
+    from metaclaw_plugin.vllm_command import BASE_NAME, vllm_command, vllm_port
 
     return Service(
         "vllm",
@@ -142,6 +144,8 @@ def _vllm(settings: Settings) -> Service:
         host=settings.vllm.host,
         port=vllm_port(settings),
         ready_path="/health",
+        # The first request is several times slower than the rest; let it not be a user's.
+        warm_up=("/v1/completions", {"model": BASE_NAME, "prompt": "Hello", "max_tokens": 2}),
         start_timeout=settings.vllm.start_timeout,
         grace=30.0,
         port_setting="metaclaw.vllm.url",

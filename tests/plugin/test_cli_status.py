@@ -25,6 +25,7 @@ from metaclaw_plugin.status.why import TrainerView, why_not_training
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.facts import set_fact
+from metaclaw_plugin.store.leases import this_worker
 
 AGENT = StoredAgent(
     name="plain",
@@ -138,7 +139,7 @@ def filled(settings: Settings) -> Settings:
         rows += [trace(7), trace(8, score="unscored", forward="skipped", trainable=False, reason="greedy")]
         c.execute(sa.insert(schema.traces), rows)
         c.execute(sa.insert(schema.counters).values(name="traces_lost", label="plain", value=2, at=1.0))
-        set_fact(c, "worker_heartbeat", {"owner": "here", "at": time.time()})
+        set_fact(c, "worker_heartbeat", {"owner": this_worker(), "at": time.time()})
     engine.dispose()
     return settings
 
@@ -193,6 +194,16 @@ def test_status_with_everything_down_still_tells_who_waits(filled: Settings) -> 
     text = render(status)
     assert "plain" in text
     assert "traces_lost" in text
+
+
+def test_a_worker_that_has_just_ended_does_not_count_as_running(filled: Settings) -> None:
+    host, pid, started = this_worker().rsplit(":", 2)
+    engine = open_store(filled.store_url)
+    with engine.begin() as c:
+        set_fact(c, "worker_heartbeat", {"owner": f"{host}:{pid}:{int(started) - 100}", "at": time.time()})
+    engine.dispose()
+    worker = next(process for process in collect(filled).processes if process.name == "worker")
+    assert worker.state == "down"
 
 
 @pytest.fixture

@@ -238,3 +238,57 @@ def test_a_home_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ProcessError, match="set METACLAW_HOME"):
         Home(tmp_path / "file" / "home").create()
+
+
+def test_it_is_ready_only_after_its_first_request(home: Home, free_port: Callable[[], int], tmp_path: Path) -> None:
+    code = """
+        import http.server, sys, time
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(0.5)
+                open(sys.argv[2], "wb").write(body)
+                self.send_response(200)
+                self.end_headers()
+
+        http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    """
+    port, asked = free_port(), tmp_path / "asked"
+    launch = Launch((sys.executable, "-c", textwrap.dedent(code), str(port), str(asked)))
+    slow = Service("slow", launch, port=port, ready_path="/health", warm_up=("/v1/completions", {"prompt": "Hello"}))
+    with Supervisor([slow], home, None) as supervisor:
+        supervisor.start()
+        assert asked.read_bytes() == b'{"prompt":"Hello"}'
+
+
+def test_each_death_is_told_by_its_own_log(
+    server: Service, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "BACKOFF", (0.05,))
+    notes = tmp_path / "times"
+    code = f"""
+        import sys, time
+        open({str(notes)!r}, "a").write("x")
+        print("up", flush=True)
+        time.sleep(0.3)
+        sys.exit("ValueError: death " + str(len(open({str(notes)!r}).read())))
+    """
+    mortal = Service("mortal", Launch((sys.executable, "-c", textwrap.dedent(code))), ready_line="up")
+    with Supervisor([mortal], home, None) as supervisor:
+        supervisor.start()
+        told: list[str] = []
+
+        def two_deaths() -> bool:
+            supervisor._look()
+            state = supervisor.children[0].state
+            if state.phase == "waiting" and state.detail not in told:
+                told.append(state.detail)
+            return len(told) == 2
+
+        wait_for(two_deaths)
+        assert told == ["ValueError: death 1", "ValueError: death 2"]
