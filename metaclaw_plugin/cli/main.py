@@ -26,6 +26,7 @@ class Entry:
 
 
 COMMANDS = {
+    "setup": Entry("setup", "Answer a few questions: writes the configuration and makes the keys."),
     "start": Entry("start", "Start and watch all that the configuration asks for on this machine."),
     "stop": Entry("start", "End everything that `metaclaw start` started."),
     "restart": Entry("start", "Stop, then start again in the background."),

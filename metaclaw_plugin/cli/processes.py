@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from metaclaw_plugin.cli.options import Config, Port
@@ -33,16 +35,30 @@ def worker(config: Config = None) -> None:
 
 
 @app.command()
-def trainer(config: Config = None, port: Port = None) -> None:
+def trainer(
+    config: Config = None,
+    port: Port = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; anything but loopback needs a key.")] = None,
+    new_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make an API key, print it once, and end.")
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List the API keys, without their secrets, and end.")] = False,
+    revoke_key: Annotated[str | None, typer.Option(metavar="ID", help="Revoke an API key, and end.")] = None,
+) -> None:
     """Run the trainer in the foreground, on the machine that has the GPU (or on this one's CPU).
 
-    It needs the extra `trainer`. A worker elsewhere reaches it by metaclaw.rl.remote_url and remote_api_key.
+    It needs the extra `trainer`. A worker elsewhere reaches it by metaclaw.rl.remote_url and a key made here with
+    --new-key, which goes into metaclaw.rl.remote_api_key there.
     """
+    from metaclaw_plugin.launch import Launch
     from metaclaw_plugin.settings import find_config, load_settings
     from metaclaw_plugin.supervisor.plan import trainer_launch
 
     path = find_config(config)
-    trainer_launch(load_settings(path), path, port).replace_this_process()
+    launch = trainer_launch(load_settings(path), path, port)
+    more = [*(("--host", host) if host else ()), *(("--new-key", new_key) if new_key else ())]
+    more += [*(("--keys",) if keys else ()), *(("--revoke-key", revoke_key) if revoke_key else ())]
+    Launch((*launch.argv, *more), launch.env).replace_this_process()
 
 
 @app.command()

@@ -6,6 +6,7 @@ conversations are told apart, and that provider's model as its primary one. What
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -157,7 +158,8 @@ def write_file(path: Path, config: Mapping[str, Any]) -> Path:
                 file.write(text)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise ConfigError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
     return backup
 
