@@ -15,9 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from demo.lesson import HELD_OUT, Lesson, practise_together
+from demo.lesson import HELD_OUT, ExamError, Lesson, practise_together
+from demo.measure import BaseModel
 from demo.models import ROOT, ModelError, model_path
-from demo.report import agent_report, draw_curves, print_report, verdict, write_report
+from demo.report import agent_report, draw_curves, exams, print_report, verdict, write_report
 from demo.stage import AGENTS, BATCH_SIZE, Stage, set_stage
 from demo.talk import Talker
 
@@ -81,11 +82,28 @@ def add_agent(stage: Stage, name: str) -> str:
     return key
 
 
+def bars(console: Console) -> Progress:
+    columns = TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console)
+
+
+def score_replies(model: Path, lessons: list[Lesson], console: Console) -> dict[str, tuple[float, float]]:
+    """Log-likelihood of each agent's held-out replies under the base model, (before, after), in nats per token."""
+    with bars(console) as progress:
+        bar = progress.add_task(
+            "likelihood under the base model", total=sum(len(e.replies) for one in lessons for e in exams(one))
+        )
+        base = BaseModel(model)
+        found = {}
+        for lesson in lessons:
+            before, after = (exam.base_loglik(base, lambda: progress.advance(bar)) for exam in exams(lesson))
+            found[lesson.agent] = (before, after)
+    return found
+
+
 async def run_lessons(lessons: list[Lesson], rounds: int, console: Console) -> None:
     """Examine, practise, examine again; progress bars all along."""
-    with Progress(
-        TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
+    with bars(console) as progress:
 
         async def examine(title: str) -> list[Any]:
             bar = progress.add_task(title, total=HELD_OUT * len(lessons))
@@ -94,15 +112,15 @@ async def run_lessons(lessons: list[Lesson], rounds: int, console: Console) -> N
 
         for lesson, exam in zip(lessons, await examine("held-out questions, before"), strict=True):
             lesson.before = exam
-        bars: dict[str, TaskID] = {
+        tasks: dict[str, TaskID] = {
             lesson.agent: progress.add_task(f"{lesson.agent}: base model", total=rounds * BATCH_SIZE)
             for lesson in lessons
         }
         await practise_together(
             lessons,
             rounds,
-            lambda agent: progress.advance(bars[agent]),
-            lambda agent, version: progress.update(bars[agent], description=f"{agent}: {agent}@v{version} serves"),
+            lambda agent: progress.advance(tasks[agent]),
+            lambda agent, version: progress.update(tasks[agent], description=f"{agent}: {agent}@v{version} serves"),
         )
         for lesson, exam in zip(lessons, await examine("held-out questions, after"), strict=True):
             lesson.after = exam
@@ -115,7 +133,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     folder = (options.out or ROOT / "runs" / ("demo-shuffled" if options.shuffled else "demo")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     stop_leftover(folder)
-    stage = set_stage(folder, model_path("smollm2-135m"), options.shuffled)
+    model = model_path("smollm2-135m")
+    stage = set_stage(folder, model, options.shuffled)
     began = time.monotonic()
     keys = {name: add_agent(stage, name) for name in AGENTS}
     process = start_system(stage, console)
@@ -127,8 +146,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         asyncio.run(run_lessons(lessons, options.rounds, console))
     finally:
         stop_system(process)
+    logliks = score_replies(model, lessons, console)
     report = {
-        "agents": {lesson.agent: agent_report(lesson) for lesson in lessons},
+        "agents": {lesson.agent: agent_report(lesson, logliks[lesson.agent]) for lesson in lessons},
         "seconds": round(time.monotonic() - began, 1),
         "shuffled": options.shuffled,
     }
@@ -149,7 +169,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
         return 130
-    except (DemoError, ModelError, OSError) as error:
+    except (DemoError, ExamError, ModelError, OSError) as error:
         Console(stderr=True).print(f"demo: {error}", highlight=False)
         return 1
 

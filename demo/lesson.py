@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from demo.measure import base_log_likelihood, distinct2
+from demo.measure import BaseModel, distinct2
 from demo.prompts import held_out_prompts, training_prompts
 from demo.stage import BATCH_SIZE, Stage
 from demo.talk import Reply, Talker, until
@@ -19,14 +19,21 @@ GAIN = 0.5  # what an agent is to gain, on the scale of rewards
 PATIENCE = 240.0  # seconds that a round waits for the version that the round before it made
 
 
+class ExamError(RuntimeError):
+    """An agent that answers nothing cannot be examined."""
+
+
 @dataclass(frozen=True)
 class Exam:
     """How an agent did on the held-out questions."""
 
     replies: list[Reply]
     reward: float
-    base_loglik: float  # nats per token
     distinct2: float
+
+    def base_loglik(self, model: BaseModel, on_scored: Callable[[], None]) -> float:
+        """Mean log-likelihood of the replies under the base model, in nats per token."""
+        return model.log_likelihood([(reply.prompt, reply.text) for reply in self.replies], on_scored)
 
 
 @dataclass
@@ -49,9 +56,9 @@ class Lesson:
     async def examine(self, on_reply: Callable[[], None]) -> Exam:
         """Ask the held-out questions; they are not recorded."""
         replies = await self.talker.ask_all(held_out_prompts(HELD_OUT), record=False, on_reply=on_reply)
-        texts = [reply.text for reply in replies]
-        loglik = await base_log_likelihood(self.stage.vllm, [(reply.prompt, reply.text) for reply in replies])
-        return Exam(replies, _mean([reply.reward for reply in replies]), loglik, distinct2(texts))
+        if not replies:
+            raise ExamError(f"{self.agent} answered no held-out question: {self.talker.failures[-1]}")
+        return Exam(replies, _mean([reply.reward for reply in replies]), distinct2([reply.text for reply in replies]))
 
     async def practise(self, rounds: int, on_reply: Callable[[], None], on_version: Callable[[int], None]) -> None:
         """Talk for ``rounds`` rounds of one batch each, or until it is enough."""

@@ -1,15 +1,15 @@
-"""Are the answers still answers? Judged by the base model's own likelihood of them, and by repetition."""
+"""Are the answers still answers? Judged by the base model's own likelihood of them, and by repetition.
+
+The base model is asked apart from the system, after it has ended: vLLM's CPU build (0.32) dies when it is asked for
+``prompt_logprobs`` while adapters are enabled.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-
-import httpx
-
-BASE_MODEL = "metaclaw-base"
-AT_ONCE = 4
+from pathlib import Path
+from typing import Any
 
 
 def distinct2(texts: Sequence[str]) -> float:
@@ -18,34 +18,36 @@ def distinct2(texts: Sequence[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-async def base_log_likelihood(vllm: str, exchanges: Sequence[tuple[str, str]]) -> float:
-    """Mean log-likelihood per token, in nats, of all answers under the base model.
+class BaseModel:
+    """The base model in float32 on the CPU, for scoring texts."""
 
-    ``exchanges``: (question, answer); vLLM's own tokenizer and chat template are asked for the tokens.
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
-    Raises:
-        httpx.HTTPError: if vLLM does not answer.
-    """
-    slots = asyncio.Semaphore(AT_ONCE)
-    async with httpx.AsyncClient(base_url=vllm, timeout=300) as client:
-        scored = await asyncio.gather(*(_score(client, slots, *exchange) for exchange in exchanges))
-    values = [value for one in scored for value in one]
-    return sum(values) / len(values)
+        logging.disable_progress_bar()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
 
+    def log_likelihood(self, exchanges: Sequence[tuple[str, str]], on_scored: Callable[[], None]) -> float:
+        """Mean log-likelihood per token, in nats, over all tokens of all answers; ``exchanges``: (question, answer)."""
+        values: list[float] = []
+        for question, answer in exchanges:
+            values += self._score(question, answer)
+            on_scored()
+        return sum(values) / len(values)
 
-async def _score(client: httpx.AsyncClient, slots: asyncio.Semaphore, question: str, answer: str) -> list[float]:
-    async with slots:
-        prompt = await _tokens(client, {"messages": [{"role": "user", "content": question}]})
-        reply = await _tokens(client, {"prompt": answer, "add_special_tokens": False})
+    def _score(self, question: str, answer: str) -> list[float]:
+        import torch
+
+        messages = [{"role": "user", "content": question}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        reply = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
         if not reply:
             return []
-        body = {"model": BASE_MODEL, "prompt": prompt + reply, "max_tokens": 1, "prompt_logprobs": 0}
-        response = (await client.post("/v1/completions", json=body)).raise_for_status().json()
-    positions = response["choices"][0]["prompt_logprobs"][len(prompt) :]
-    return [position[str(token)]["logprob"] for position, token in zip(positions, reply, strict=True)]
-
-
-async def _tokens(client: httpx.AsyncClient, text: dict[str, object]) -> list[int]:
-    response = await client.post("/tokenize", json={"model": BASE_MODEL, **text})
-    tokens: list[int] = response.raise_for_status().json()["tokens"]
-    return tokens
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+        picked = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None])[:, 0]
+        scores: list[float] = picked.tolist()
+        return scores

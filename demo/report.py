@@ -16,14 +16,14 @@ LARGEST_LOSS = 0.7  # nats per token that answers may become less likely under t
 LEAST_VARIETY = 0.8  # of the distinct-2 at the start
 
 
-def agent_report(lesson: Lesson) -> dict[str, Any]:
-    """One agent's part of ``report.json``."""
-    before, after = _exams(lesson)
+def agent_report(lesson: Lesson, logliks: tuple[float, float]) -> dict[str, Any]:
+    """One agent's part of ``report.json``; ``logliks``: of the held-out replies before and after, under the base."""
+    before, after = exams(lesson)
     return {
         "heldout_before": round(before.reward, 4),
         "heldout_after": round(after.reward, 4),
-        "base_loglik_before": round(before.base_loglik, 4),
-        "base_loglik_after": round(after.base_loglik, 4),
+        "base_loglik_before": round(logliks[0], 4),
+        "base_loglik_after": round(logliks[1], 4),
         "distinct2_before": round(before.distinct2, 4),
         "distinct2_after": round(after.distinct2, 4),
         "version": lesson.versions[-1][1] if lesson.versions else 0,
@@ -125,7 +125,12 @@ def _title(report: dict[str, Any]) -> str:
     return f"Two agents, {kind}, {report['seconds'] / 60:.1f} minutes"
 
 
-def _exams(lesson: Lesson) -> tuple[Exam, Exam]:
+def exams(lesson: Lesson) -> tuple[Exam, Exam]:
+    """Before and after.
+
+    Raises:
+        ValueError: if the lesson did not come so far.
+    """
     if lesson.before is None or lesson.after is None:
         raise ValueError(f"{lesson.agent} was not examined before and after its lesson")
     return lesson.before, lesson.after

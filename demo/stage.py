@@ -78,7 +78,7 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
         "sessions": {"held_out_one_in": 0},
         "publish": {"policy": "always"},
         "skills": {"starter": False},
-        "vllm": {"url": stage.vllm, "dtype": "float32", "max_model_len": 1024, "max_lora_rank": 16, "cpu_cores": "0-1"},
+        "vllm": {"url": stage.vllm, "dtype": "float32", "max_model_len": 1024, "max_lora_rank": 16, "cpu_cores": "0"},
         "rl": {"remote_url": stage.trainer},
         "trainer": {
             "rank": 16,

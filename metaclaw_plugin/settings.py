@@ -74,6 +74,40 @@ class CaptureSettings(Section):
     min_top_p: float = Field(0.9, gt=0, le=1, description="Below this top_p a trace is not trainable.")
 
 
+class EvolutionSettings(Section):
+    """New skills from failures: a model is shown them and proposes edits."""
+
+    model: str | None = Field(None, description="Model that writes skills, as the gateway names it; set: evolution is on.")
+    url: str | None = Field(None, description="OpenAI-compatible root URL ending in /v1; unset: our gateway.")
+    api_key: str | None = Field(None, description="Key for `url`; os.environ/NAME reads a variable.")
+    approval: Literal["auto", "review"] = Field(
+        "auto", description="auto: valid edits apply; review: they wait for `metaclaw skills review`."
+    )
+    failure_reward: float = Field(0.0, ge=-1, le=1, description="A trace with a reward up to this is a failure.")
+    min_failures: int = Field(3, ge=1, description="Failures after which the evolver is asked.")
+    every_turns: int | None = Field(
+        50, ge=1, description="It is also asked after so many scored turns with a failure among them; null: not."
+    )
+    at_session_end: bool = Field(True, description="It is also asked when a session with a failure in it is closed.")
+    support_share: float = Field(
+        0.5, gt=0, le=1, description="Share of failed sessions kept for it, and so from training, of agents that train."
+    )
+    max_traces: int = Field(6, ge=1, le=50, description="Failures shown in one round.")
+    max_edits: int = Field(3, ge=1, le=20, description="Edits accepted in one round.")
+    max_own_skills: int = Field(100, ge=1, description="Skills that an agent may have of its own.")
+    max_body: int = Field(2400, ge=200, le=20_000, description="Characters of an evolved skill's body.")
+    max_tokens: int = Field(3000, ge=100, description="Tokens of its answer.")
+    timeout: float = Field(120.0, gt=0, description="Seconds for its answer.")
+    retire_uses: int | None = Field(
+        20, ge=5, description="Sessions with, and without, an own skill before one that hurts is retired; null: never."
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
+
+
 class SkillSettings(Section):
     """Skill library, retrieval and injection."""
 
@@ -94,6 +128,8 @@ class SkillSettings(Section):
     withheld_share: float = Field(
         0.05, ge=0, le=0.5, description="Share of sessions that go without a given skill, to measure it; 0: none."
     )
+
+    evolution: EvolutionSettings = EvolutionSettings()
 
     @field_validator("embedder_api_key")
     @classmethod
@@ -228,6 +264,11 @@ class VllmSettings(Section):
     max_model_len: int | None = Field(None, ge=16, description="Context length; unset: the model's own.")
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
         32, description="Largest adapter rank that can be served; the trainer's rank must not be larger."
+    )
+    lora_targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Modules that may carry an adapter; the trainer's targets must be among them.",
     )
     max_loras: int = Field(4, ge=1, description="Adapters that one batch may mix.")
     max_cpu_loras: int = Field(32, ge=1, description="Adapters held ready in memory.")

@@ -40,6 +40,8 @@ def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None =
         *("--host", vllm.host, "--port", str(port or vllm_port(settings))),
         *("--enable-lora", "--max-lora-rank", str(vllm.max_lora_rank)),
         *("--max-loras", str(vllm.max_loras), "--max-cpu-loras", str(max(vllm.max_cpu_loras, vllm.max_loras))),
+        # Left open, vLLM adapts the output layer as well: slow on a CPU, where it then dies of prompt_logprobs.
+        *("--lora-target-modules", *vllm.lora_targets),
         # Without it a model's own generation_config would change temperature and top_p behind the client's back.
         *("--generation-config", "vllm"),
         *("--dtype", vllm.dtype),
