@@ -40,7 +40,7 @@ def list_command(
     with _store(config) as engine, engine.connect() as c:
         records = list_versions(c, agent)
     if as_json:
-        _print_json([_as_json(record) for record in records])
+        _print_json([record.summary() for record in records])
         return
     if not records:
         typer.echo("No adapter version yet: the base model answers. `metaclaw status` says why nothing is training.")
@@ -55,7 +55,7 @@ def list_command(
         version = record.version
         parent = f"v{version.parent}" if version.parent else "base"
         numbers = (parent, str(version.step), str(len(version.trace_ids)), _ago(version.created_at))
-        table.add_row(version.name, _state(record), *numbers, record.problem or _sentence(record))
+        table.add_row(version.name, record.shown_state, *numbers, record.problem or _sentence(record))
     Console().print(table)
 
 
@@ -65,11 +65,11 @@ def show(name: VersionName, config: Config = None, as_json: AsJson = False) -> N
     with _store(config) as engine:
         record = _record(engine, name)
     if as_json:
-        _print_json(_as_json(record, full=True))
+        _print_json(record.details())
         return
     version = record.version
     lines: dict[str, Any] = {
-        "state": _state(record),
+        "state": record.shown_state,
         "decision": _sentence(record),
         "problem": record.problem,
         "trained from": f"v{version.parent}" if version.parent else "the base model",
@@ -176,10 +176,6 @@ def _record(engine: Engine, name: str) -> VersionRecord:
         return get_version(c, *parse_version(name))
 
 
-def _state(record: VersionRecord) -> str:
-    return "draining" if record.draining else str(record.version.state)
-
-
 def _sentence(record: VersionRecord) -> str:
     return str((record.decision or {}).get("sentence", ""))
 
@@ -190,33 +186,6 @@ def _ago(when: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
-
-
-def _as_json(record: VersionRecord, *, full: bool = False) -> dict[str, Any]:
-    version = record.version
-    found: dict[str, Any] = {
-        "name": version.name,
-        "agent": version.agent,
-        "number": version.number,
-        "state": _state(record),
-        "parent": version.parent,
-        "step": version.step,
-        "traces": len(version.trace_ids),
-        "created_at": version.created_at,
-        "decided_at": record.decided_at,
-        "decision": record.decision,
-        "problem": record.problem,
-    }
-    if full:
-        found |= {
-            "trace_ids": list(version.trace_ids),
-            "base_model": version.base_model,
-            "metrics": dict(version.metrics),
-            "libraries": dict(version.libraries),
-            "sha256": version.sha256,
-            "path": version.path,
-        }
-    return found
 
 
 def _print_json(value: Any) -> None:

@@ -27,7 +27,10 @@ from metaclaw_plugin.errors import (
     UnknownAgentError,
     UnknownSessionError,
     UnknownTraceError,
+    UnknownVersionError,
+    VersionStateError,
 )
+from metaclaw_plugin.gateway.adapter_routes import add_adapter_routes
 from metaclaw_plugin.gateway.dialects import error_body
 from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_models
 from metaclaw_plugin.gateway.process import GatewayProcess, this_process
@@ -40,7 +43,14 @@ T = TypeVar("T")
 Work = Callable[[Connection, Identity], T]
 Ask = Callable[[Any, Work[Any]], Coroutine[Any, Any, Any]]
 
-_STATUS = {ForbiddenAgentError: 403, UnknownAgentError: 404, UnknownSessionError: 404, UnknownTraceError: 404}
+_STATUS = {
+    ForbiddenAgentError: 403,
+    UnknownAgentError: 404,
+    UnknownSessionError: 404,
+    UnknownTraceError: 404,
+    UnknownVersionError: 404,
+    VersionStateError: 409,
+}
 
 
 class Feedback(BaseModel):
@@ -124,6 +134,7 @@ def create_router(authenticate: Callable[..., Any], process: Callable[[], Gatewa
 
     _add_writing(router, caller, ask)
     _add_reading(router, caller, ask, process)
+    add_adapter_routes(router, caller, ask)
     return router
 
 

@@ -47,6 +47,40 @@ class VersionRecord:
         """Serving, but only what began on it."""
         return self.version.state is VersionState.SERVING and not self.routed
 
+    @property
+    def shown_state(self) -> str:
+        """The state for people: ``draining`` besides those of ``VersionState``."""
+        return "draining" if self.draining else str(self.version.state)
+
+    def summary(self) -> dict[str, Any]:
+        """As `metaclaw adapters list --json` and the gateway's route show it."""
+        version = self.version
+        return {
+            "name": version.name,
+            "agent": version.agent,
+            "number": version.number,
+            "state": self.shown_state,
+            "parent": version.parent,
+            "step": version.step,
+            "traces": len(version.trace_ids),
+            "created_at": version.created_at,
+            "decided_at": self.decided_at,
+            "decision": self.decision,
+            "problem": self.problem,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The summary with the whole manifest."""
+        version = self.version
+        return self.summary() | {
+            "trace_ids": list(version.trace_ids),
+            "base_model": version.base_model,
+            "metrics": dict(version.metrics),
+            "libraries": dict(version.libraries),
+            "sha256": version.sha256,
+            "path": version.path,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class RouteRow:

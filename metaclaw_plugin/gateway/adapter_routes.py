@@ -1,0 +1,96 @@
+"""Adapter versions over HTTP: what `metaclaw adapters` does, for the agents of the caller's key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from metaclaw_hooks.errors import InvalidNameError
+from metaclaw_hooks.names import parse_version
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.engine import Connection
+
+from metaclaw_plugin.errors import UnknownAgentError, UnknownVersionError
+from metaclaw_plugin.gateway.identity import Identity
+from metaclaw_plugin.store.adapters import get_version, list_versions
+from metaclaw_plugin.store.wishes import promote, rollback
+
+Ask = Callable[[Any, Callable[[Connection, Identity], Any]], Coroutine[Any, Any, Any]]
+Name = Annotated[str, Path(max_length=200, description="agent@vN")]
+
+
+class AdaptersReply(BaseModel):
+    """By agent and ascending number."""
+
+    data: list[dict[str, Any]]
+
+
+class Rollback(BaseModel):
+    """Which version to go back to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent: str = Field(max_length=63, description="One of the caller's agents.")
+    to: int | None = Field(None, ge=0, description="Version number, 0: the base model; unset: the one before.")
+
+
+class WishReply(BaseModel):
+    """What will happen, in one line."""
+
+    said: str
+
+
+def add_adapter_routes(router: APIRouter, caller: Any, ask: Ask) -> None:
+    """Add the routes; ``ask`` runs work on the store for the authenticated caller."""
+
+    @router.get("/adapters", summary="Adapter versions of the caller's agents")
+    async def adapters(
+        agent: Annotated[str | None, Query(max_length=63, description="One of the caller's; unset: all.")] = None,
+        auth: Any = caller,
+    ) -> AdaptersReply:
+        def work(c: Connection, identity: Identity) -> AdaptersReply:
+            names = identity.agents if agent is None else (_own(identity, agent),)
+            return AdaptersReply(data=[record.summary() for name in names for record in list_versions(c, name)])
+
+        reply: AdaptersReply = await ask(auth, work)
+        return reply
+
+    @router.get("/adapters/{name}", summary="One adapter version")
+    async def adapter(name: Name, auth: Any = caller) -> dict[str, Any]:
+        def work(c: Connection, identity: Identity) -> dict[str, Any]:
+            return get_version(c, *_own_version(identity, name)).details()
+
+        reply: dict[str, Any] = await ask(auth, work)
+        return reply
+
+    @router.post("/adapters/{name}/promote", summary="Let a version serve")
+    async def put_in_place(name: Name, auth: Any = caller) -> WishReply:
+        reply: WishReply = await ask(
+            auth, lambda c, identity: WishReply(said=promote(c, *_own_version(identity, name)))
+        )
+        return reply
+
+    @router.post("/adapters/rollback", summary="Take back the version that serves")
+    async def take_back(body: Rollback, auth: Any = caller) -> WishReply:
+        reply: WishReply = await ask(
+            auth, lambda c, identity: WishReply(said=rollback(c, _own(identity, body.agent), body.to))
+        )
+        return reply
+
+
+def _own(identity: Identity, agent: str) -> str:
+    if agent not in identity.agents:
+        raise UnknownAgentError(f"no agent {agent[:80]!r} of yours")
+    return agent
+
+
+def _own_version(identity: Identity, name: str) -> tuple[str, int]:
+    """Agent and number, if the agent is the caller's; another's version is answered like one that does not exist."""
+    try:
+        agent, number = parse_version(name)
+    except InvalidNameError as error:
+        raise UnknownVersionError(str(error)) from error
+    if agent not in identity.agents:
+        raise UnknownVersionError(f"no adapter version {name[:80]!r} of yours")
+    return agent, number
