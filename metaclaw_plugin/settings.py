@@ -77,7 +77,7 @@ class CaptureSettings(Section):
 class EvolutionSettings(Section):
     """New skills from failures: a model is shown them and proposes edits."""
 
-    model: str | None = Field(None, description="Model that writes skills, as the gateway names it; set: evolution is on.")
+    model: str | None = Field(None, description="Model that writes skills, named as at the gateway; set: it is on.")
     url: str | None = Field(None, description="OpenAI-compatible root URL ending in /v1; unset: our gateway.")
     api_key: str | None = Field(None, description="Key for `url`; os.environ/NAME reads a variable.")
     approval: Literal["auto", "review"] = Field(
@@ -116,7 +116,7 @@ class SkillSettings(Section):
     max_skills: int = Field(3, ge=0, le=20, description="Most skills injected for one message.")
     max_tokens: int = Field(1500, ge=0, description="Most tokens, about, that the skills for one message may cost.")
     min_relevance: float | None = Field(
-        None, ge=0, description="Below this relevance a skill is not injected; unset: what measured best for `retrieval`."
+        None, ge=0, description="Below this relevance a skill is not injected; unset: what measured best."
     )
     retrieval: Literal["lexical", "embeddings", "fused"] = Field("lexical", description="How relevance is measured.")
     embedder: Literal["model2vec", "onnx", "endpoint"] | None = Field(None, description="What makes sentence vectors.")

@@ -20,7 +20,7 @@ from metaclaw_hooks.types import Agent, Kind, Mode, SkillRef, message_text
 
 from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN, human_indexes
 from metaclaw_plugin.skills.skill_file import Skill
-from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.engine import insert_or_ignore
 from metaclaw_plugin.store.schema import injections, skill_exposures
 
 SYSTEM = "system"  # the anchor of the block in the system prompt
@@ -119,13 +119,13 @@ def _select(
     text = render_block(shown) if shown else ""
     refs = tuple(skill.ref for skill in shown)
     decided = _Block(newest, "", ()) if opening else _Block(newest, text, refs)
-    if not _insert_new(c, injections, _row(turn, decided)):
+    if not insert_or_ignore(c, injections, [_row(turn, decided)]):
         # Another request of this session was first: what it wrote is what the session has.
         return [block for block in _load(c, turn.session) if block not in blocks]
     added = [decided]
     if opening and shown:
         added.append(_Block(SYSTEM, text, refs))
-        _insert_new(c, injections, _row(turn, added[-1]))
+        insert_or_ignore(c, injections, [_row(turn, added[-1])])
     _expose(c, agent, turn, fresh, {skill.name for skill in shown})
     return added
 
@@ -152,13 +152,7 @@ def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skil
             "exchange": turn.exchange,
             "at": time.time(),
         }
-        _insert_new(c, skill_exposures, row)
-
-
-def _insert_new(c: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> bool:
-    """Insert unless a row of that key is there; True if it was inserted."""
-    result = c.execute(dialect_insert(c, table).values(**row).on_conflict_do_nothing())
-    return result.rowcount == 1
+        insert_or_ignore(c, skill_exposures, [row])
 
 
 def _load(c: sa.Connection, session: str) -> list[_Block]:

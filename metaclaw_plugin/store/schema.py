@@ -297,3 +297,34 @@ skill_exposures = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Index("ix_skill_exposures_skill", "agent", "skill"),
 )
+
+# Traces kept for the skill evolver (law 8): failed ones, and those of their session that they build on.
+skill_support = sa.Table(
+    "skill_support",
+    metadata,
+    sa.Column("trace_id", sa.String(40), primary_key=True),
+    sa.Column("agent", sa.String(63), nullable=False),
+    sa.Column("session", sa.String(64), nullable=False),
+    sa.Column("failed", sa.Boolean, nullable=False),  # false: it is context of a failed one
+    sa.Column("round", sa.String(32)),  # that it was shown in; null: not shown yet
+    sa.Column("attempts", sa.Integer, nullable=False),  # rounds that failed with it
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Index("ix_skill_support_open", "agent", "round"),
+)
+
+# One question to the evolver, and what came of it.
+skill_rounds = sa.Table(
+    "skill_rounds",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("agent", sa.String(63), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # applied, proposed, nothing or failed
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("prompt_version", sa.String(16), nullable=False),
+    sa.Column("trace_ids", sa.JSON, nullable=False),
+    sa.Column("detail", sa.JSON, nullable=False),  # accepted and refused edits, or the error
+    sa.Column("generation", sa.Integer, nullable=False),  # of the agent's skills, after it
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Index("ix_skill_rounds_agent", "agent", "at"),
+)

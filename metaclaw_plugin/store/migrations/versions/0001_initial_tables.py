@@ -217,6 +217,37 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("agent", "skill"),
     )
     op.create_table(
+        "skill_rounds",
+        sa.Column("id", sa.String(length=32), nullable=False),
+        sa.Column("agent", sa.String(length=63), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("model", sa.String(length=200), nullable=False),
+        sa.Column("prompt_version", sa.String(length=16), nullable=False),
+        sa.Column("trace_ids", sa.JSON(), nullable=False),
+        sa.Column("detail", sa.JSON(), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("seconds", sa.Float(), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("skill_rounds", schema=None) as batch_op:
+        batch_op.create_index("ix_skill_rounds_agent", ["agent", "at"], unique=False)
+
+    op.create_table(
+        "skill_support",
+        sa.Column("trace_id", sa.String(length=40), nullable=False),
+        sa.Column("agent", sa.String(length=63), nullable=False),
+        sa.Column("session", sa.String(length=64), nullable=False),
+        sa.Column("failed", sa.Boolean(), nullable=False),
+        sa.Column("round", sa.String(length=32), nullable=True),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("trace_id"),
+    )
+    with op.batch_alter_table("skill_support", schema=None) as batch_op:
+        batch_op.create_index("ix_skill_support_open", ["agent", "round"], unique=False)
+
+    op.create_table(
         "traces",
         sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=40), nullable=False),
