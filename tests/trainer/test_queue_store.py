@@ -1,11 +1,13 @@
-"""The trainer's queue and list of versions over a real SQLite file."""
+"""The trainer's queue and list of versions, over a real SQLite file and a real PostgreSQL alike."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from metaclaw_trainer.errors import ConflictError, StoreError, UnknownAgentError
 from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.ports import Head
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
+from metaclaw_trainer.schema import owners
 from metaclaw_trainer.store import Store, open_store
 from metaclaw_trainer.versions import StoredVersions
+from postgres_server import create_database, running_postgres
 
 LIMITS = Limits(vocabulary=1000, max_tokens=64, max_queued=6, batch_size=3)
 
@@ -45,9 +49,25 @@ class Rooms:
         self.versions = StoredVersions(store, self.owner.id)
 
 
+_databases = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'queue.db'}"
+    return create_database(request.getfixturevalue("postgres"), f"queue{next(_databases)}")
+
+
 @pytest.fixture
-def rooms(tmp_path: Path) -> Iterator[Rooms]:
-    store = open_store(f"sqlite:///{tmp_path / 'queue.db'}")
+def rooms(url: str, tmp_path: Path) -> Iterator[Rooms]:
+    store = open_store(url)
     yield Rooms(store, tmp_path)
     store.close()
 
@@ -217,13 +237,11 @@ def _claim_and_hang(url: str, folder: str, claimed: multiprocessing.Queue[list[s
 
 
 @pytest.mark.law(3)
-def test_what_a_killed_trainer_had_claimed_is_trained_once_by_the_next(rooms: Rooms, tmp_path: Path) -> None:
+def test_what_a_killed_trainer_had_claimed_is_trained_once_by_the_next(rooms: Rooms, url: str, tmp_path: Path) -> None:
     rooms.queue.put([sample(f"s{i}") for i in range(3)])
     context = multiprocessing.get_context("spawn")
     claimed: multiprocessing.Queue[list[str]] = context.Queue()
-    process = context.Process(
-        target=_claim_and_hang, args=(f"sqlite:///{tmp_path / 'queue.db'}", str(tmp_path), claimed)
-    )
+    process = context.Process(target=_claim_and_hang, args=(url, str(tmp_path), claimed))
     process.start()
     ids = claimed.get(timeout=60)
     assert rooms.owner.reap() == [], "it lives"
@@ -242,7 +260,8 @@ def test_a_process_of_another_machine_is_dead_when_its_heartbeat_is_old(rooms: R
     other.queue.claim("alpha", 1)
     assert rooms.owner.reap() == []
     with rooms.store.write() as c:
-        c.exec_driver_sql("UPDATE owners SET seen_at = seen_at - 1000, host = 'far' WHERE id = ?", (other.owner.id,))
+        old = {"seen_at": owners.c.seen_at - 1000, "host": "far"}
+        c.execute(owners.update().where(owners.c.id == other.owner.id).values(**old))
     assert rooms.owner.reap() == [other.owner.id]
     assert [s.id for s in rooms.queue.claim("alpha", 1)] == ["s0"]
 
@@ -273,3 +292,43 @@ def test_a_store_that_cannot_be_opened_is_one_line(url: str) -> None:
     with pytest.raises(StoreError) as caught:
         open_store(url)
     assert "\n" not in str(caught.value)
+
+
+def test_many_processes_and_threads_spend_every_sample_once(rooms: Rooms, tmp_path: Path) -> None:
+    names = [f"agent-{i}" for i in range(4)]
+    others = [Rooms(rooms.store, tmp_path) for _ in range(4)]
+    for name in names:
+        rooms.queue.put([sample(f"{name}-{i}", agent=name) for i in range(6)])
+        allow(rooms, name)
+    trained: list[str] = []
+
+    def work(mine: Rooms) -> None:
+        while ready := mine.queue.ready():
+            for name, size in ready:
+                ids = [s.id for s in mine.queue.claim(name, size)]
+                head = mine.versions.head(name)
+                if ids and mine.versions.commit(version(head.newest + 1, head.head, name), ids, head.generation):
+                    trained.extend(ids)
+
+    with ThreadPoolExecutor(len(others)) as pool:
+        list(pool.map(work, others))
+    assert sorted(trained) == sorted(f"{name}-{i}" for name in names for i in range(6))
+    listed = rooms.versions.after(0)
+    assert [v.cursor for v in listed] == list(range(1, 9))
+    assert sorted((v.agent, v.number) for v in listed) == sorted((name, n) for name in names for n in (1, 2))
+
+
+def test_a_sample_sent_by_many_at_once_is_queued_once(rooms: Rooms) -> None:
+    def send(_: int) -> tuple[int, int]:
+        for _attempt in range(20):
+            try:
+                result = rooms.queue.put([sample("same")])
+            except StoreError:  # the other one is just writing it: sent again, as the worker does
+                continue
+            return len(result.accepted), len(result.duplicate)
+        raise AssertionError("never answered")
+
+    with ThreadPoolExecutor(6) as pool:
+        counts = list(pool.map(send, range(6)))
+    assert len(rooms.queue.claim("alpha", 9)) == 1
+    assert sum(accepted for accepted, _ in counts) == 1

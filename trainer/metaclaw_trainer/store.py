@@ -14,6 +14,7 @@ from metaclaw_trainer.errors import StoreError
 from metaclaw_trainer.schema import metadata
 
 BUSY_TIMEOUT_MS = 10_000
+_SET_UP_LOCK = 0x6D637472  # advisory lock of whoever creates the tables
 
 
 class Store:
@@ -57,16 +58,25 @@ def open_store(url: str) -> Store:
         parsed = sa.make_url(url)
     except SQLAlchemyError as error:
         raise StoreError("setting metaclaw.trainer.store is no database URL; see SQLAlchemy's database URLs") from error
+    if parsed.drivername in {"postgresql", "postgres"}:
+        parsed = parsed.set(drivername="postgresql+psycopg")
     shown = parsed.render_as_string(hide_password=True)
     try:
         if parsed.get_backend_name() == "sqlite" and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite", pool_timeout=30)
+        engine = sa.create_engine(
+            parsed,
+            pool_pre_ping=parsed.get_backend_name() != "sqlite",
+            pool_timeout=30,
+            hide_parameters=True,
+        )
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _configure_sqlite)
             sa.event.listen(engine, "begin", _begin_sqlite)
         store = Store(engine)
         with store.write() as connection:
+            if store.is_postgresql:  # two processes that start at once must not both create
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
             metadata.create_all(connection, checkfirst=True)
     except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
         raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
@@ -77,7 +87,7 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions are begun below, not by the driver
     cursor = connection.cursor()
     # FULL: a sample that was acknowledged survives a loss of power, not only of the process.
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
