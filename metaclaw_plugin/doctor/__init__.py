@@ -1,0 +1,1 @@
+"""What `metaclaw doctor` looks at: the machine, the configuration, and the services that run."""
