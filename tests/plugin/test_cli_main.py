@@ -65,6 +65,17 @@ def test_a_mistyped_command_is_corrected(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("metaclaw: {gatway: {port: 1}}", "unknown setting metaclaw.gatway; did you mean gateway?"),
+        ("metaclaw:\n  gateway:\n    prt: 1\n", "line 3, column 5: unknown setting metaclaw.gateway.prt"),
+        (
+            "metaclaw:\n  gateway:\n    port: many\n",
+            "line 3, column 11: setting metaclaw.gateway.port: Input should be",
+        ),
+        (
+            "metaclaw:\n  rl: {bakend: local}\n",
+            "line 2, column 8: unknown setting metaclaw.rl.bakend; did you mean backend?",
+        ),
+        ("metaclaw:\n  publish: {zzz: 1}\n", "known here: policy"),
+        ("metaclaw:\n  base_model: [a]\n", "line 2, column 15: setting metaclaw.base_model"),
         ("metaclaw: {gateway: {prt: 1}}", "unknown setting metaclaw.gateway.prt; did you mean port?"),
         ("metaclaw: {gateway: {port: many}}", "setting metaclaw.gateway.port: Input should be a valid integer"),
         ("metaclaw: {mode: fast}", "setting metaclaw.mode: Input should be 'off', 'skills_only', 'rl' or 'auto'"),
