@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from demo.lesson import HELD_OUT, ExamError, Lesson, practise_together
+from demo.lesson import HELD_OUT, Lesson, LessonError, practise_together
 from demo.measure import BaseModel
 from demo.models import ROOT, ModelError, model_path
 from demo.report import agent_report, draw_curves, exams, print_report, verdict, write_report
@@ -132,6 +135,29 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """The whole demo; exit code 0 if everything was reached."""
     folder = (options.out or ROOT / "runs" / ("demo-shuffled" if options.shuffled else "demo")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    with only_demo_in(folder):
+        return run_in(folder, options, console)
+
+
+@contextmanager
+def only_demo_in(folder: Path) -> Iterator[None]:
+    """Hold the folder: a second demo in it would end the first one's processes.
+
+    Raises:
+        DemoError: if another demo holds it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DemoError(
+                f"another demo runs in {folder}; wait for it, or choose another folder with --out"
+            ) from error
+        yield
+
+
+def run_in(folder: Path, options: argparse.Namespace, console: Console) -> int:
+    """The whole demo in ``folder``."""
     stop_leftover(folder)
     model = model_path("smollm2-135m")
     stage = set_stage(folder, model, options.shuffled)
@@ -169,7 +195,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
         return 130
-    except (DemoError, ExamError, ModelError, OSError) as error:
+    except (DemoError, LessonError, ModelError, OSError) as error:
         Console(stderr=True).print(f"demo: {error}", highlight=False)
         return 1
 

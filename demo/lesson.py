@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 
@@ -19,8 +20,8 @@ GAIN = 0.5  # what an agent is to gain, on the scale of rewards
 PATIENCE = 240.0  # seconds that a round waits for the version that the round before it made
 
 
-class ExamError(RuntimeError):
-    """An agent that answers nothing cannot be examined."""
+class LessonError(RuntimeError):
+    """A lesson that cannot go on: the system does not answer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Lesson:
         """Ask the held-out questions; they are not recorded."""
         replies = await self.talker.ask_all(held_out_prompts(HELD_OUT), record=False, on_reply=on_reply)
         if not replies:
-            raise ExamError(f"{self.agent} answered no held-out question: {self.talker.failures[-1]}")
+            raise LessonError(f"{self.agent} answered no held-out question: {self.talker.failures[-1]}")
         return Exam(replies, _mean([reply.reward for reply in replies]), distinct2([reply.text for reply in replies]))
 
     async def practise(self, rounds: int, on_reply: Callable[[], None], on_version: Callable[[int], None]) -> None:
@@ -85,8 +86,11 @@ class Lesson:
         await until(newer, PATIENCE)
 
     async def _serving(self, client: httpx.AsyncClient) -> int:
-        reply = await client.get("/metaclaw/v1/status", headers={"Authorization": f"Bearer {self.key}"})
-        reply.raise_for_status()
+        try:
+            reply = await client.get("/metaclaw/v1/status", headers={"Authorization": f"Bearer {self.key}"})
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise LessonError(f"the gateway does not tell how {self.agent} is doing: {error}") from error
         return int(next(one["adapter_version"] for one in reply.json()["agents"] if one["agent"] == self.agent))
 
     def curve(self) -> list[tuple[int, float]]:
@@ -105,15 +109,12 @@ async def practise_together(
     lessons: list[Lesson], rounds: int, on_reply: Callable[[str], None], on_version: Callable[[str, int], None]
 ) -> None:
     """All agents at once, each at its own pace: one is answered while the other's version is trained or loaded."""
-    async with asyncio.TaskGroup() as group:
-        for lesson in lessons:
-            group.create_task(
-                lesson.practise(
-                    rounds,
-                    lambda agent=lesson.agent: on_reply(agent),  # type: ignore[misc]
-                    lambda version, agent=lesson.agent: on_version(agent, version),  # type: ignore[misc]
-                )
-            )
+    await asyncio.gather(
+        *(
+            lesson.practise(rounds, partial(on_reply, lesson.agent), partial(on_version, lesson.agent))
+            for lesson in lessons
+        )
+    )
 
 
 def _mean(values: list[float]) -> float:
