@@ -20,6 +20,7 @@ from metaclaw_trainer.loop import TrainingLoop
 from metaclaw_trainer.metrics import Metrics
 from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.reconcile import Reconciler
+from metaclaw_trainer.retention import Retention
 from metaclaw_trainer.runs import Runs
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.sampler import Sampler
@@ -72,7 +73,8 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
     )
     services.metrics.watch(services.agents, services.reconciler.states)
     loop = TrainingLoop(engine, services.queue, versions, settings, services.metrics, services.plugins)
-    training = TrainingThread(loop, owner)
+    retention = Retention(store, settings.folder, int(settings.disk_budget_gib * 2**30))
+    training = TrainingThread(loop, owner, retention)
     services.reconciler.start()
     training.start()
     try:

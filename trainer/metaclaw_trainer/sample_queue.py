@@ -18,6 +18,7 @@ from metaclaw_trainer.codec import decode_sample, encode_sample
 from metaclaw_trainer.schema import agents, recalled_traces, sample_traces, samples, versions
 from metaclaw_trainer.store import Store
 
+SPENT: dict[str, object] = {"token_ids": None, "logprobs": None, "hint": None}  # what is not kept once it is settled
 RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0)  # after the first, second ... failure in a row
 
 
@@ -136,11 +137,9 @@ class StoredQueue:
                     .where(samples.c.id.in_(part))
                     .values(
                         state=sa.case((samples.c.state == "trained", "trained"), else_="recalled"),
-                        token_ids=None,
-                        logprobs=None,
-                        hint=None,
                         owner=None,
                         settled_at=now,
+                        **SPENT,
                     )
                 )
             names = sorted(f"{agent}@v{number}" for agent, number in self._with_descendants(c, trained))
@@ -206,7 +205,7 @@ class StoredQueue:
 
     def set_aside(self, ids: Sequence[str], reason: str) -> None:
         """These will never be trained; the agent is free when nothing of it is claimed any more."""
-        self._settle(ids, {"state": "set_aside", "reason": reason[:400], "settled_at": time.time()})
+        self._settle(ids, {"state": "set_aside", "reason": reason[:400], "settled_at": time.time(), **SPENT})
 
     def release(self, ids: Sequence[str], reason: str | None = None) -> None:
         """These wait again; ``reason``: why the step failed, shown, and retried with growing pauses."""

@@ -4,7 +4,9 @@ A sample moves through one column:
 
     state:  waiting -> claimed -> trained
                     -> set_aside   (will not be trained; ``reason`` says why)
-            any     -> recalled    (its owner deleted a trace of it; tokens are gone, the row stays for idempotency)
+            any     -> recalled    (its owner deleted a trace of it)
+
+Tokens are kept as long as they may be trained on; the row stays, so that sending it again does nothing.
 
 ``claimed`` names the process that holds it; what a dead process held waits again.
 """

@@ -1,4 +1,4 @@
-"""The threads that run beside the HTTP server: the training loop, and the heartbeat that says this process lives."""
+"""The threads that run beside the HTTP server: the training loop, and upkeep (heartbeat, disk budget)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import threading
 from metaclaw_trainer.errors import TrainerError
 from metaclaw_trainer.loop import TrainingLoop
 from metaclaw_trainer.owners import Owner
+from metaclaw_trainer.retention import Retention
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
+SWEEP_EVERY = 6  # heartbeats
 
 
 class TrainingThread:
     """Trains in the background until stopped."""
 
-    def __init__(self, loop: TrainingLoop, owner: Owner, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+    def __init__(
+        self, loop: TrainingLoop, owner: Owner, retention: Retention, heartbeat: float = HEARTBEAT_SECONDS
+    ) -> None:
         self._loop = loop
         self._owner = owner
+        self._retention = retention
         self._heartbeat = heartbeat
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._train, name="training", daemon=True),
-            threading.Thread(target=self._beat, name="heartbeat", daemon=True),
+            threading.Thread(target=self._keep_up, name="upkeep", daemon=True),
         ]
 
     def start(self) -> None:
@@ -49,9 +54,13 @@ class TrainingThread:
         finally:
             log.info("the training loop has ended")
 
-    def _beat(self) -> None:
+    def _keep_up(self) -> None:
+        beats = 0
         while not self._stop.wait(self._heartbeat):
             try:
                 self._owner.heartbeat()
+                if beats % SWEEP_EVERY == 0:
+                    self._retention.sweep()
             except TrainerError as error:
-                log.error("no heartbeat: %s", error)
+                log.error("upkeep failed, and is tried again: %s", error)
+            beats += 1

@@ -20,7 +20,7 @@ from metaclaw_hooks.wire import VersionBody
 from metaclaw_trainer.agents import ensure_agent, raise_generation
 from metaclaw_trainer.errors import ConflictError, UnknownVersionError
 from metaclaw_trainer.ports import Head
-from metaclaw_trainer.sample_queue import free_if_done
+from metaclaw_trainer.sample_queue import SPENT, free_if_done
 from metaclaw_trainer.schema import agents, counters, samples, served, versions
 from metaclaw_trainer.store import Store
 
@@ -68,7 +68,9 @@ class StoredVersions:
                 return False
             now = time.time()
             c.execute(
-                samples.update().where(held).values(state="trained", owner=None, version=version.number, settled_at=now)
+                samples.update()
+                .where(held)
+                .values(state="trained", owner=None, version=version.number, settled_at=now, **SPENT)
             )
             c.execute(
                 versions.insert().values(
@@ -102,7 +104,7 @@ class StoredVersions:
             c.execute(
                 samples.update()
                 .where(samples.c.id.in_(list(sample_ids)), samples.c.state == "claimed", samples.c.owner == self._owner)
-                .values(state="set_aside", owner=None, reason=reason[:400], settled_at=time.time())
+                .values(state="set_aside", owner=None, reason=reason[:400], settled_at=time.time(), **SPENT)
             )
             c.execute(agents.update().where(agents.c.name == agent).values(last_error=None, retry_at=None, failures=0))
             free_if_done(c, agent, self._owner)
@@ -123,7 +125,7 @@ class StoredVersions:
         with self._store.write() as c:
             if number:
                 query = sa.select(versions.c.removed_at).where(versions.c.agent == agent, versions.c.number == number)
-                found = c.execute(query).first()
+                found = c.execute(query.with_for_update()).first()
                 if found is None:
                     raise UnknownVersionError(f"{agent} has no version {number}; see GET /v1/versions")
                 if found.removed_at is not None:
@@ -157,7 +159,7 @@ class StoredVersions:
         except InvalidNameError as error:
             return str(error)
         query = sa.select(versions.c.removed_at).where(versions.c.agent == agent, versions.c.number == number)
-        found = c.execute(query).first()
+        found = c.execute(query.with_for_update()).first()
         if found is None:
             return "this trainer never made it"
         return "its files were removed to save space" if found.removed_at is not None else None
