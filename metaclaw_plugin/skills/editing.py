@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 RETIRED = ".retired"
 PROPOSED = ".proposed"
+REJECTED = ".rejected"
 _PROPOSAL = "proposal.json"
 _ID = re.compile(r"[a-z0-9-]{1,80}")
 
@@ -166,8 +167,27 @@ class SkillFolder:
         return self._read_proposal(self._path / PROPOSED / proposal_id)
 
     def drop_proposal(self, proposal: Proposal) -> None:
-        """Forget a proposal that was accepted or rejected."""
+        """Forget a proposal that was carried out."""
         shutil.rmtree(self._path / PROPOSED / proposal.id, ignore_errors=True)
+
+    def reject(self, proposal: Proposal) -> None:
+        """Put a proposal aside for good.
+
+        Raises:
+            SkillError: if the disk refuses.
+        """
+        target = self._path / REJECTED / proposal.id
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self._path / PROPOSED / proposal.id).rename(target)
+        except OSError as error:
+            raise SkillError(f"cannot move the proposal to {target}: {error.strerror}") from error
+
+    def was_proposed(self, change: Change) -> bool:
+        """Whether the same kind of change to the same skill waits for review, or was rejected."""
+        folders = [*(self._path / PROPOSED).glob("*"), *(self._path / REJECTED).glob("*")]
+        known = (self._read_proposal(folder).change for folder in folders if (folder / _PROPOSAL).exists())
+        return any((one.action, one.name) == (change.action, change.name) for one in known)
 
     def _read_proposal(self, folder: Path) -> Proposal:
         try:

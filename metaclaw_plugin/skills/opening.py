@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
+from metaclaw_plugin.errors import SkillError
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.embedding import load_embedder
 from metaclaw_plugin.skills.install import install_starter
 from metaclaw_plugin.skills.library import Library, Watcher
 from metaclaw_plugin.skills.retrieval import Retriever
 
+log = logging.getLogger(__name__)
+
 
 def open_library(settings: Settings) -> Library:
     """The library of these settings, with the starter set in it if it is empty and that is wanted.
 
-    Raises:
-        SkillError: if the starter set cannot be written.
+    A folder that cannot be written is no reason not to serve: that is logged, and the library is what there is.
     """
     if settings.skills.starter:
-        install_starter(settings.skills_path)
+        try:
+            install_starter(settings.skills_path)
+        except SkillError as error:
+            log.error("skills: %s", error)
     return Library(settings.skills_path)
 
 
@@ -25,7 +32,6 @@ def open_skills(settings: Settings) -> tuple[Library, Retriever]:
 
     Raises:
         ConfigError: if the embedder that the settings name cannot be loaded.
-        SkillError: if the starter set cannot be written.
     """
     library = open_library(settings)
     retriever = Retriever(library, settings.skills, load_embedder(settings.skills))

@@ -89,6 +89,8 @@ def parse_skill(data: bytes, folder: str, owner: str) -> Skill:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SkillError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if "\x00" in text:
+        raise SkillError("holds a NUL character; save it as plain text")
     front, body = _split(text)
     name = _name(front, folder)
     description = _line(front, "description", MAX_DESCRIPTION)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from metaclaw_plugin.gateway.sessions import close_idle_sessions
+from metaclaw_plugin.skills.upkeep import SkillKeeper
 from metaclaw_plugin.store.facts import set_fact
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.feedback import feedback_round
@@ -46,6 +47,7 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
         Round("sessions", lambda: _close_sessions(ctx), UPKEEP),
         Round("retention", lambda: retention_round(ctx), UPKEEP),
         Round("upkeep", lambda: _upkeep(ctx), UPKEEP),
+        Round("skills", SkillKeeper(ctx).round, poll),
     ]
     if ctx.settings.rl.enabled:
         tasks += [
