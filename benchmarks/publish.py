@@ -4,7 +4,8 @@
 
 Versions are committed to the trainer's list as its training loop commits them; everything after that is the product.
 Streams ask without a pause, at temperature 0, and every reply is held against the version that its header names. First
-comes a phase without publishing, which says what gaps between chunks are normal here.
+comes a phase without publishing, which says what gaps between chunks are normal here; then one in which adapters that
+nobody asks for are loaded into vLLM directly, which says what loading alone costs the streams.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from metaclaw_plugin.store.engine import open_store
 VERSION_HEADER = "x-metaclaw-adapter"
 REPLY_TOKENS = 24
 QUIET_SECONDS = 30.0
+BARE_LOADS = 20
 PUBLISH_TIMEOUT = 60.0
 PARTS = {"vllm": "vllm", "VLLM": "vllm", "litellm": "gateway", "metaclaw_trainer": "trainer", "worker": "worker"}
 
@@ -104,7 +106,7 @@ def set_stage(folder: Path, model: Path, agents: int) -> Stage:
 
 
 @contextmanager
-def running(stage: Stage) -> Iterator[subprocess.Popen[str]]:
+def running(stage: Stage) -> Iterator[None]:
     """``metaclaw start`` until the block ends."""
     command = [sys.executable, "-m", "metaclaw_plugin.cli.main", "start", "--config", str(stage.config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -115,7 +117,7 @@ def running(stage: Stage) -> Iterator[subprocess.Popen[str]]:
                 break
         else:
             raise SystemExit(f"metaclaw start ended with {process.wait()}; its logs are in {stage.home / 'logs'}")
-        yield process
+        yield
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
@@ -236,81 +238,104 @@ class Publishing:
         self.seconds.append(streams.seen[name] - started)
 
 
-def memory(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Resident MiB of the parts, by a word of their command lines."""
+def memory(stage: Stage) -> dict[str, float]:
+    """Resident MiB of our processes, by a word of their command lines, and of the two stores on disk."""
     found: dict[str, float] = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in psutil.Process().children(recursive=True):
         try:
             line, size = " ".join(child.cmdline()), child.memory_info().rss / 2**20
         except psutil.Error:
             continue
-        words = {
-            "vllm": "vllm",
-            "VLLM": "vllm",
-            "litellm": "gateway",
-            "metaclaw_trainer": "trainer",
-            "worker": "worker",
-        }
-        part = next((part for word, part in words.items() if word in line), "other")
-        found[part] = found.get(part, 0.0) + size
+        if part := next((part for word, part in PARTS.items() if word in line), None):
+            found[part] = found.get(part, 0.0) + size
+    for part, path in (("store", stage.home / "metaclaw.db"), ("queue", stage.trainer_home / "queue.db")):
+        found[part] = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 2**20
     return found
 
 
-async def measure(stage: Stage, process: subprocess.Popen[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Both phases; the report."""
-    maker = TelltaleMaker(Path(options.model), stage.trainer_home / "telltale")
-    spoken: dict[str, Telltale] = {}
-    quiet = Streams(stage, spoken)
-    stop = asyncio.Event()
-    task = asyncio.create_task(quiet.run(options.streams, stop))
-    await asyncio.sleep(options.quiet)
-    stop.set()
-    await task
-    print(f"without publishing: {quiet.tally.replies} replies, {len(quiet.tally.failed)} failed", flush=True)
-    busy, stop = Streams(stage, spoken), asyncio.Event()
-    task = asyncio.create_task(busy.run(options.streams, stop))
-    publishing = Publishing(stage, maker, spoken)
-    agents = list(stage.keys)
-    sizes: list[dict[str, float]] = []
-    started = time.perf_counter()
+@asynccontextmanager
+async def talking(stage: Stage, spoken: dict[str, Telltale], count: int) -> AsyncIterator[Streams]:
+    """Streams that run for as long as the block does."""
+    streams, stop = Streams(stage, spoken), asyncio.Event()
+    task = asyncio.create_task(streams.run(count, stop))
     try:
-        for number in range(options.publishes):
-            await publishing.publish(agents[number % len(agents)], busy)
-            if number % max(1, options.publishes // 20) == 0:
-                sizes.append(memory(process))
-                print(
-                    f"{number + 1} published, {busy.tally.replies} replies, {len(busy.tally.failed)} failed, "
-                    f"{len(busy.tally.wrong)} wrong, last in {publishing.seconds[-1]:.2f} s",
-                    flush=True,
-                )
+        yield streams
     finally:
         stop.set()
         await task
-    sizes.append(memory(process))
+
+
+async def load_directly(stage: Stage, maker: TelltaleMaker) -> list[float]:
+    """Load spare adapters into vLLM one by one; the seconds that each took, and nothing is left of them."""
+    seconds: list[float] = []
+    async with httpx.AsyncClient(base_url=stage.vllm, timeout=60, trust_env=False) as http:
+        for number in range(BARE_LOADS):
+            name = f"spare-{number}"
+            body = {"lora_name": name, "lora_path": str(maker.make(name).path)}
+            started = time.perf_counter()
+            (await http.post("/v1/load_lora_adapter", json=body)).raise_for_status()
+            seconds.append(time.perf_counter() - started)
+            await asyncio.sleep(0.5)
+            (await http.post("/v1/unload_lora_adapter", json={"lora_name": name})).raise_for_status()
+    return seconds
+
+
+async def publish_all(
+    stage: Stage, maker: TelltaleMaker, spoken: dict[str, Telltale], streams: Streams, options: argparse.Namespace
+) -> tuple[list[float], list[dict[str, float]]]:
+    """All publishes, agent after agent; seconds of each, and memory along the way."""
+    publishing, agents = Publishing(stage, maker, spoken), list(stage.keys)
+    sizes: list[dict[str, float]] = []
+    for number in range(options.publishes):
+        await publishing.publish(agents[number % len(agents)], streams)
+        if number % max(1, options.publishes // 20) == 0:
+            sizes.append(memory(stage))
+            print(
+                f"{number + 1} published, {streams.tally.replies} replies, {len(streams.tally.failed)} failed, "
+                f"{len(streams.tally.wrong)} wrong, last in {publishing.seconds[-1]:.2f} s",
+                flush=True,
+            )
+    sizes.append(memory(stage))
+    return publishing.seconds, sizes
+
+
+async def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
+    """All phases; the report."""
+    maker = TelltaleMaker(Path(options.model), stage.trainer_home / "telltale")
+    spoken: dict[str, Telltale] = {}
+    async with talking(stage, spoken, options.streams) as quiet:
+        await asyncio.sleep(options.quiet)
+    print(f"without publishing: {quiet.tally.replies} replies, {len(quiet.tally.failed)} failed", flush=True)
+    async with talking(stage, spoken, options.streams) as loading:
+        loads = await load_directly(stage, maker)
+    started = time.perf_counter()
+    async with talking(stage, spoken, options.streams) as busy:
+        seconds, sizes = await publish_all(stage, maker, spoken, busy, options)
+    wall = time.perf_counter() - started
     async with httpx.AsyncClient(trust_env=False) as http:
-        loaded = [m["id"] for m in (await http.get(f"{stage.vllm}/v1/models")).json()["data"]]
-    return report(quiet.tally, busy.tally, publishing.seconds, sizes, time.perf_counter() - started, loaded)
+        loaded = len((await http.get(f"{stage.vllm}/v1/models")).json()["data"]) - 1
+    phases = {"without": quiet.tally, "bare_loads": loading.tally, "publishing": busy.tally}
+    return report(phases, loads, seconds, sizes) | {"seconds": round(wall, 1), "loaded_at_the_end": loaded}
 
 
 def report(
-    quiet: Tally, busy: Tally, seconds: list[float], sizes: list[dict[str, float]], wall: float, loaded: list[str]
+    phases: dict[str, Tally], loads: list[float], seconds: list[float], sizes: list[dict[str, float]]
 ) -> dict[str, Any]:
     """Figures as JSON."""
+    failed = [line for tally in phases.values() for line in tally.failed]
+    wrong = [line for tally in phases.values() for line in tally.wrong]
     return {
         "publishes": len(seconds),
-        "seconds": round(wall, 1),
-        "replies": busy.replies,
-        "failed": busy.failed[:20],
-        "failed_count": len(busy.failed) + len(quiet.failed),
-        "wrong": busy.wrong[:20],
-        "wrong_count": len(busy.wrong) + len(quiet.wrong),
-        "publish_seconds": spread(seconds),
-        "gap_without": spread(quiet.gaps),
-        "gap_with": spread(busy.gaps),
-        "first_word_without": spread(quiet.first),
-        "first_word_with": spread(busy.first),
-        "memory_mib": {"after_first": sizes[0], "half_way": sizes[len(sizes) // 2], "at_the_end": sizes[-1]},
-        "loaded_at_the_end": len(loaded) - 1,
+        "replies": {name: tally.replies for name, tally in phases.items()},
+        "failed_count": len(failed),
+        "failed": failed[:20],
+        "wrong_count": len(wrong),
+        "wrong": wrong[:20],
+        "publish": spread(seconds),
+        "vllm_load": spread(loads),
+        **{f"gap_{name}": spread(tally.gaps) for name, tally in phases.items()},
+        **{f"first_word_{name}": spread(tally.first) for name, tally in phases.items()},
+        "memory_mib": {"first": sizes[0], "half": sizes[len(sizes) // 2], "end": sizes[-1]},
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
     }
@@ -328,12 +353,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def print_table(found: dict[str, Any]) -> None:
     """The report for people."""
-    for name in ("publish_seconds", "gap_without", "gap_with", "first_word_without", "first_word_with"):
-        row = found[name]
-        print(f"{name:<20}" + "".join(f"{key} {value:8.3f} s   " for key, value in row.items()))
+    for name, row in found.items():
+        if isinstance(row, dict) and "median" in row:
+            print(f"{name:<24}" + "".join(f"{key} {value:8.3f} s   " for key, value in row.items()))
     print(f"replies {found['replies']}, failed {found['failed_count']}, by a wrong version {found['wrong_count']}")
     for when, sizes in found["memory_mib"].items():
-        print(f"memory {when:<12}" + "".join(f"{part} {size:7.0f} MiB   " for part, size in sorted(sizes.items())))
+        print(f"MiB {when:<6}" + "".join(f"{part} {size:7.1f}   " for part, size in sorted(sizes.items())))
     print(f"adapters loaded at the end: {found['loaded_at_the_end']}")
 
 
@@ -349,8 +374,8 @@ def main() -> None:
     options.model = options.model or model_path("tiny")
     with tempfile.TemporaryDirectory(prefix="metaclaw-publish-") as folder:
         stage = set_stage(Path(folder), options.model, options.agents)
-        with running(stage) as process:
-            found = asyncio.run(measure(stage, process, options))
+        with running(stage):
+            found = asyncio.run(measure(stage, options))
     print_table(found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")

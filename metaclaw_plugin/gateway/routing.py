@@ -20,8 +20,9 @@ import socket
 import threading
 import time
 import uuid
+import zlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from metaclaw_hooks.names import version_name
@@ -71,11 +72,11 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     """Choose the version that answers this request, and pin the exchange to it.
 
     A tool loop stays on the version that its exchange began on, while that one is held; everything else takes the
-    agent's route; when the version on the route is gone, the newest one that serves, else the base model.
+    agent's route, or its canary; when the version on the route is gone, the newest one that serves, else the base model.
     Call ``InFlight.begin`` in the same transaction, one of ``engine.begin()``.
     """
     query = (
-        sa.select(adapters.c.number, routes.c.version)
+        sa.select(adapters.c.number, routes)
         .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
         .where(adapters.c.agent == agent, adapters.c.state == VersionState.SERVING.value)
         .with_for_update(read=True, of=adapters)
@@ -85,6 +86,8 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     routed = rows[0].version if rows and rows[0].version is not None else BASE_VERSION
     main = turn.kind is Kind.MAIN
     pinned = turn.adapter_version if main and not turn.new_exchange else None
+    if pinned is None and rows and rows[0].canary is not None and main and _is_tried(c, turn.session, rows[0]):
+        pinned = rows[0].canary
     wanted = routed if pinned is None else pinned
     version = wanted
     if version not in held:
@@ -92,6 +95,14 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     if main and turn.adapter_version != version:
         c.execute(sessions.update().where(sessions.c.id == turn.session).values(adapter_version=version))
     return Route(upstream_model(agent, version), version, left=None if version == wanted else wanted)
+
+
+def _is_tried(c: sa.Connection, session: str, route: sa.Row[Any]) -> bool:
+    """Whether the canary answers this session: one that began after the trial did, and drew its lot by its id."""
+    if zlib.crc32(session.encode()) / 2**32 >= route.canary_share:
+        return False
+    started = c.scalar(sa.select(sessions.c.started_at).where(sessions.c.id == session))
+    return started is not None and bool(started >= route.canary_since)
 
 
 def end_exchange(c: sa.Connection, session: str) -> None:

@@ -17,7 +17,7 @@ from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, VersionState
 from metaclaw_hooks.wire import VersionBody
 
 from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
-from metaclaw_plugin.store.schema import adapters, in_flight, routes, sessions
+from metaclaw_plugin.store.schema import adapters, routes
 
 LEGAL = {  # every move a version may make; "promote" brings back what was retired or rejected, by way of candidate
     VersionState.CANDIDATE: {VersionState.SERVING, VersionState.REJECTED, VersionState.RETIRED},
@@ -25,6 +25,8 @@ LEGAL = {  # every move a version may make; "promote" brings back what was retir
     VersionState.RETIRED: {VersionState.CANDIDATE},
     VersionState.REJECTED: {VersionState.CANDIDATE},
 }
+
+_NO_CANARY = {"canary": None, "canary_share": None, "canary_since": None}
 
 WISH_SERVE = "serve"
 WISH_WITHDRAW = "withdraw"
@@ -41,15 +43,18 @@ class VersionRecord:
     announced_at: float | None
     problem: str | None  # why it could not be loaded
     routed: bool  # answers new exchanges
+    canary: bool  # answers those of a share of new sessions
 
     @property
     def draining(self) -> bool:
         """Serving, but only what began on it."""
-        return self.version.state is VersionState.SERVING and not self.routed
+        return self.version.state is VersionState.SERVING and not (self.routed or self.canary)
 
     @property
     def shown_state(self) -> str:
-        """The state for people: ``draining`` besides those of ``VersionState``."""
+        """The state for people: ``draining`` and ``canary`` besides those of ``VersionState``."""
+        if self.canary:
+            return "canary"
         return "draining" if self.draining else str(self.version.state)
 
     def summary(self) -> dict[str, Any]:
@@ -90,11 +95,14 @@ class RouteRow:
     version: int  # 0: the base model
     changed_at: float
     head: int | None  # what the trainer has still to be told to train on from
+    canary: int | None = None  # the version on trial
+    canary_share: float | None = None
+    canary_since: float | None = None
 
 
 def record_candidate(c: sa.Connection, body: VersionBody) -> bool:
     """Enter a version of the trainer's as a candidate; False if it is known already."""
-    if _row(c, body.agent, body.number) is not None:
+    if find_row(c, body.agent, body.number) is not None:
         return False
     c.execute(
         adapters.insert().values(
@@ -131,7 +139,7 @@ def list_versions(
 ) -> list[VersionRecord]:
     """Versions by agent and ascending number, of these states if any are given."""
     query = (
-        sa.select(adapters, routes.c.version.label("route"))
+        sa.select(adapters, routes.c.version.label("route"), routes.c.canary)
         .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
         .order_by(adapters.c.agent, adapters.c.number)
     )
@@ -153,7 +161,7 @@ def set_state(
         UnknownVersionError: if there is no such version.
         VersionStateError: if that move is not in ``LEGAL``.
     """
-    row = _row(c, agent, number, lock=True)
+    row = find_row(c, agent, number, lock=True)
     if row is None:
         raise UnknownVersionError(
             f"agent {agent!r} has no adapter version {number}; `metaclaw adapters list` shows all"
@@ -176,30 +184,46 @@ def update_version(c: sa.Connection, agent: str, number: int, **values: Any) -> 
 def get_route(c: sa.Connection, agent: str) -> RouteRow:
     """The agent's route; without a row: the base model."""
     row = c.execute(sa.select(routes).where(routes.c.agent == agent)).first()
-    return RouteRow(agent, BASE_VERSION, 0.0, None) if row is None else RouteRow(*_route_values(row))
+    return RouteRow(agent, BASE_VERSION, 0.0, None) if row is None else _route_row(row)
 
 
 def list_routes(c: sa.Connection) -> list[RouteRow]:
     """All routes that were ever set."""
-    return [RouteRow(*_route_values(row)) for row in c.execute(sa.select(routes).order_by(routes.c.agent))]
+    return [_route_row(row) for row in c.execute(sa.select(routes).order_by(routes.c.agent))]
 
 
 def set_route(c: sa.Connection, agent: str, version: int, *, head: int | None = None) -> None:
-    """Send new exchanges of ``agent`` to ``version`` (0: the base model); ``head`` as in ``RouteRow``, None leaves it.
+    """Send new exchanges of ``agent`` to ``version`` (0: the base model), and end a trial of a canary if there is one.
+
+    ``head`` is as in ``RouteRow``; None leaves it.
 
     Raises:
         UnknownVersionError: if there is no such version.
         VersionStateError: if the version is not serving.
     """
     if version != BASE_VERSION:
-        row = _row(c, agent, version, lock=True)
+        row = find_row(c, agent, version, lock=True)
         if row is None:
             raise UnknownVersionError(f"agent {agent!r} has no adapter version {version} to route to")
         if row.state != VersionState.SERVING.value:
             raise VersionStateError(
                 f"{version_name(agent, version)} is {row.state}: only a serving version takes requests"
             )
-    _put_route(c, agent, {"version": version, "changed_at": time.time()} | ({} if head is None else {"head": head}))
+    values: dict[str, Any] = {"version": version, "changed_at": time.time(), **_NO_CANARY}
+    _put_route(c, agent, values if head is None else values | {"head": head})
+
+
+def set_canary(c: sa.Connection, agent: str, version: int, share: float) -> None:
+    """Try ``version``, which must be serving, on ``share`` of the sessions that begin from now on."""
+    route = get_route(c, agent)
+    now = time.time()
+    values = {"canary": version, "canary_share": share, "canary_since": now}
+    _put_route(c, agent, {"version": route.version, "changed_at": now, **values})
+
+
+def end_canary(c: sa.Connection, agent: str) -> None:
+    """End the trial; the version drains."""
+    c.execute(routes.update().where(routes.c.agent == agent).values(**_NO_CANARY))
 
 
 def set_head(c: sa.Connection, agent: str, head: int | None) -> None:
@@ -230,49 +254,8 @@ def served_set(c: sa.Connection, judging: Collection[str] = ()) -> list[str]:
     ]
 
 
-def retire_if_drained(c: sa.Connection, agent: str, number: int, *, dead: Sequence[str], open_since: float) -> bool:
-    """Retire a draining version (reject it, if its owner withdrew it) if nothing can need it; whether it was done.
-
-    Nothing needs it when no process, but those that are ``dead``, has a request on it, and no exchange that was active
-    after ``open_since`` is pinned to it. Its row is locked, as ``pick_route`` locks it, so no request begins meanwhile
-    (``c`` must be of ``engine.begin()``).
-    """
-    row = _row(c, agent, number, lock=True)
-    if row is None or row.state != VersionState.SERVING.value or get_route(c, agent).version == number:
-        return False
-    alive = in_flight.c.process.not_in(dead)
-    mine = sa.and_(in_flight.c.agent == agent, in_flight.c.version == number, alive)
-    busy = c.scalar(sa.select(sa.func.count()).select_from(in_flight).where(mine))
-    pinned = c.scalar(
-        sa.select(sa.func.count())
-        .select_from(sessions)
-        .where(
-            sessions.c.agent == agent,
-            sessions.c.adapter_version == number,
-            sessions.c.closed_at.is_(None),
-            sessions.c.last_at > open_since,
-        )
-    )
-    if busy or pinned:
-        return False
-    end = VersionState.REJECTED if row.wish == WISH_WITHDRAW else VersionState.RETIRED
-    update_version(c, agent, number, state=end.value, wish=None, problem=None)
-    return True
-
-
-def heartbeats(c: sa.Connection) -> dict[str, float]:
-    """The newest stamp of each gateway process that has a request in flight."""
-    newest = sa.func.max(in_flight.c.at).label("stamp")
-    return {row.process: row.stamp for row in c.execute(sa.select(in_flight.c.process, newest).group_by("process"))}
-
-
-def forget_processes(c: sa.Connection, stamps: Mapping[str, float]) -> None:
-    """Remove the rows of dead processes, if their stamps are still these."""
-    for process, stamp in stamps.items():
-        c.execute(in_flight.delete().where(in_flight.c.process == process, in_flight.c.at <= stamp))
-
-
-def _row(c: sa.Connection, agent: str, number: int, *, lock: bool = False) -> sa.Row[Any] | None:
+def find_row(c: sa.Connection, agent: str, number: int, *, lock: bool = False) -> sa.Row[Any] | None:
+    """The bare row of a version; ``lock``: no other transaction may move or choose it until ours ends."""
     query = sa.select(adapters).where(adapters.c.agent == agent, adapters.c.number == number)
     return c.execute(query.with_for_update() if lock else query).first()
 
@@ -282,8 +265,8 @@ def _put_route(c: sa.Connection, agent: str, values: Mapping[str, Any]) -> None:
         c.execute(routes.insert().values(agent=agent, **values))
 
 
-def _route_values(row: sa.Row[Any]) -> tuple[str, int, float, int | None]:
-    return row.agent, row.version, row.changed_at, row.head
+def _route_row(row: sa.Row[Any]) -> RouteRow:
+    return RouteRow(row.agent, row.version, row.changed_at, row.head, row.canary, row.canary_share, row.canary_since)
 
 
 def _record(row: sa.Row[Any]) -> VersionRecord:
@@ -295,4 +278,5 @@ def _record(row: sa.Row[Any]) -> VersionRecord:
         announced_at=row.announced_at,
         problem=row.problem,
         routed=row.route == row.number,
+        canary=row.canary == row.number,
     )

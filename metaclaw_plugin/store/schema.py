@@ -214,6 +214,9 @@ routes = sa.Table(
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("changed_at", sa.Float, nullable=False),
     sa.Column("head", sa.Integer),  # version that the trainer must be told to go on from; null: nothing to tell
+    sa.Column("canary", sa.Integer),  # version on trial with a share of the sessions that begin from now on
+    sa.Column("canary_share", sa.Float),  # in (0, 1)
+    sa.Column("canary_since", sa.Float),
 )
 
 # Requests that each gateway process has in flight, so that a version is unloaded only when its last one ended.

@@ -15,9 +15,11 @@ from metaclaw_plugin.store.adapters import (
     WISH_SERVE,
     WISH_WITHDRAW,
     VersionRecord,
+    end_canary,
     get_route,
     get_version,
     list_versions,
+    set_head,
     set_route,
     set_state,
     update_version,
@@ -40,13 +42,18 @@ def promote(c: sa.Connection, agent: str, number: int) -> str:
 def rollback(c: sa.Connection, agent: str, to: int | None = None) -> str:
     """Take back the version that serves: the one before it, or ``to`` (0: the base model), serves again.
 
+    While a canary is on trial and ``to`` is not given, it is the canary that is taken back.
+
     Training goes on from there, and what is taken back, or was trained from it, never serves by itself again.
 
     Raises:
         UnknownVersionError: if ``to`` does not exist.
         VersionStateError: if the base model is serving, or ``to`` is what serves.
     """
-    current = get_route(c, agent).version
+    route = get_route(c, agent)
+    current = route.version
+    if route.canary is not None and to is None:
+        return _end_trial(c, agent, route.canary, current)
     if current == BASE_VERSION:
         raise VersionStateError(f"the base model is serving {agent!r}: there is nothing to take back")
     target = _before(c, agent, current) if to is None else to
@@ -54,14 +61,24 @@ def rollback(c: sa.Connection, agent: str, to: int | None = None) -> str:
         raise VersionStateError(f"{version_name(agent, current)} is what serves; name an earlier version")
     record = None if target == BASE_VERSION else get_version(c, agent, target)
     _drop_wishes(c, agent)
-    taken = get_version(c, agent, current)
-    sentence = f"v{current}: taken back by the owner for {'the base model' if record is None else f'v{target}'}"
-    decision = dict(taken.decision or {}) | {"accepted": False, "sentence": sentence}
-    update_version(c, agent, current, wish=WISH_WITHDRAW, decision=decision)
+    instead = "the base model" if record is None else f"v{target}"
+    _withdraw(c, agent, current, f"v{current}: taken back by the owner for {instead}")
     if record is None:
         set_route(c, agent, BASE_VERSION, head=BASE_VERSION)
         return f"the base model serves {agent} now"
     return _put_in_place(c, record)
+
+
+def _end_trial(c: sa.Connection, agent: str, canary: int, serving: int) -> str:
+    end_canary(c, agent)
+    set_head(c, agent, serving)
+    _withdraw(c, agent, canary, f"v{canary}: its trial was ended by the owner")
+    return f"the trial of {version_name(agent, canary)} is ended; what serves goes on"
+
+
+def _withdraw(c: sa.Connection, agent: str, number: int, sentence: str) -> None:
+    decision = dict(get_version(c, agent, number).decision or {}) | {"accepted": False, "sentence": sentence}
+    update_version(c, agent, number, wish=WISH_WITHDRAW, decision=decision)
 
 
 def _put_in_place(c: sa.Connection, record: VersionRecord) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 from typing import Protocol
 
+import sqlalchemy as sa
 from metaclaw_hooks.names import parse_version
 from metaclaw_hooks.types import AdapterVersion
 
@@ -56,7 +57,7 @@ class Gate:
             busy = any(parse_version(name)[0] == version.agent for name in self._tasks)
             if busy or time.monotonic() < self._not_before.get(version.name, float("-inf")):
                 return None
-            settings = await asyncio.to_thread(self._settings_of, version.agent)
+            settings = await asyncio.to_thread(self._read_settings, version.agent)
             if settings.policy == "always":
                 decision = Decision(True, f"v{version.number}: the policy is always, serving", {"policy": "always"})
                 return await self._ask_plugins(version, decision)
@@ -101,15 +102,19 @@ class Gate:
         sentence = f"{decision.sentence.removesuffix(', serving')}, rejected: vetoed by {', '.join(vetoes)}"
         return Decision(False, sentence, {**decision.figures, "vetoes": vetoes})
 
-    def _settings_of(self, agent: str) -> PublishSettings:
+    def settings_of(self, c: sa.Connection, agent: str) -> PublishSettings:
+        """The publish settings with what the owner set for ``agent`` alone; the global ones if that cannot be used."""
+        try:
+            return evaluation_settings(self._ctx.settings, get_record(c, agent).settings)
+        except UnknownAgentError:
+            return self._ctx.settings.publish
+        except ConfigError as error:
+            logger.warning("the gate of %s is the global one: %s", agent, error)
+            return self._ctx.settings.publish
+
+    def _read_settings(self, agent: str) -> PublishSettings:
         with self._ctx.engine.connect() as c:
-            try:
-                return evaluation_settings(self._ctx.settings, get_record(c, agent).settings)
-            except UnknownAgentError:
-                return self._ctx.settings.publish
-            except ConfigError as error:
-                logger.warning("the gate of %s is the global one: %s", agent, error)
-                return self._ctx.settings.publish
+            return self.settings_of(c, agent)
 
     def _forget(self, name: str) -> None:
         task = self._tasks.pop(name, None)

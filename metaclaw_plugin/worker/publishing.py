@@ -16,13 +16,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import sqlalchemy as sa
-from metaclaw_hooks.types import AdapterVersion, VersionState
+from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, VersionState
 from metaclaw_hooks.wire import ServedReply, VersionBody
 
 from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
 from metaclaw_plugin.store import adapters as store
+from metaclaw_plugin.store import draining
 from metaclaw_plugin.store.adapters import VersionRecord
 from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.worker.canary import judge_canary
 from metaclaw_plugin.worker.evaluation import EvaluationContext
 from metaclaw_plugin.worker.gate import Gate
 from metaclaw_plugin.worker.heartbeats import HeartbeatWatch
@@ -65,6 +67,7 @@ class Publisher:
         Raises:
             TrainerUnavailableError: if the trainer does not answer. What needs no trainer was done all the same.
         """
+        await asyncio.to_thread(self._end_trials)
         await self._announce()
         await asyncio.to_thread(self._drain)
         await self._read_new()
@@ -157,7 +160,12 @@ class Publisher:
         def candidates() -> list[tuple[VersionRecord, int]]:
             with self._ctx.engine.connect() as c:
                 found = store.list_versions(c, states=(VersionState.CANDIDATE,))
-                return [(record, store.get_route(c, record.version.agent).version) for record in found]
+                routes = {agent: store.get_route(c, agent) for agent in {record.version.agent for record in found}}
+            return [
+                (record, routes[record.version.agent].version)
+                for record in found
+                if record.wish is not None or routes[record.version.agent].canary is None  # one trial at a time
+            ]
 
         found = await asyncio.to_thread(candidates)
         self._gate.keep_only([record.version.name for record, _ in found])
@@ -186,9 +194,33 @@ class Publisher:
             else:
                 store.set_state(c, version.agent, version.number, VersionState.SERVING, decision.stored())
                 store.update_version(c, version.agent, version.number, wish=None, problem=None, announced_at=None)
-                head = version.number if record.wish == store.WISH_SERVE else None
-                store.set_route(c, version.agent, version.number, head=head)
+                wished = record.wish == store.WISH_SERVE
+                share = 0.0 if wished else self._gate.settings_of(c, version.agent).canary_share
+                if share and serving != BASE_VERSION:
+                    store.set_canary(c, version.agent, version.number, share)
+                else:
+                    store.set_route(c, version.agent, version.number, head=version.number if wished else None)
         logger.info("%s %s: %s", version.name, "serves" if decision.accepted else "is rejected", decision.sentence)
+
+    def _end_trials(self) -> None:
+        """Promote or take back the canaries whose trials are over."""
+        with self._ctx.engine.connect() as c:
+            if not any(route.canary is not None for route in store.list_routes(c)):
+                return
+        with self._ctx.engine.begin() as c:
+            for route in store.list_routes(c):
+                decision = judge_canary(c, route, self._gate.settings_of(c, route.agent), time.time())
+                if decision is None or route.canary is None:
+                    continue
+                stored = {"decision": decision.stored(), "decided_at": time.time()}
+                if decision.accepted:
+                    store.set_route(c, route.agent, route.canary)
+                    store.update_version(c, route.agent, route.canary, **stored)
+                else:
+                    store.end_canary(c, route.agent)
+                    store.set_head(c, route.agent, route.version)
+                    store.update_version(c, route.agent, route.canary, wish=store.WISH_WITHDRAW, **stored)
+                logger.info("the trial of %s@v%d is over: %s", route.agent, route.canary, decision.sentence)
 
     async def _announce(self) -> None:
         """Call ``adapter_published`` for what began to serve; again after a kill in between, so at least once."""
@@ -209,21 +241,21 @@ class Publisher:
     def _drain(self) -> None:
         """Retire what no request, and no exchange in progress, can need any more."""
         with self._ctx.engine.connect() as c:
-            draining = [r for r in store.list_versions(c, states=(VersionState.SERVING,)) if r.draining]
-            if not draining:
+            leaving = [r for r in store.list_versions(c, states=(VersionState.SERVING,)) if r.draining]
+            if not leaving:
                 return
-            stamps = store.heartbeats(c)
+            stamps = draining.heartbeats(c)
         dead = self._watch.dead(stamps)
         open_since = time.time() - self._ctx.settings.publish.tool_loop_timeout
-        for record in draining:
+        for record in leaving:
             version = record.version
             with self._ctx.engine.begin() as c:
-                done = store.retire_if_drained(c, version.agent, version.number, dead=dead, open_since=open_since)
+                done = draining.retire_if_drained(c, version.agent, version.number, dead=dead, open_since=open_since)
             if done:
                 logger.info("%s is drained", version.name)
         if dead:
             with self._ctx.engine.begin() as c:
-                store.forget_processes(c, {process: stamps[process] for process in dead})
+                draining.forget_processes(c, {process: stamps[process] for process in dead})
             logger.warning("gateway processes that ended without a word: %s", ", ".join(dead))
 
 

@@ -103,7 +103,7 @@ def decide(number: int, evaluation: Evaluation, settings: PublishSettings) -> De
     against = f"v{evaluation.against}" if evaluation.against else "the base model"
     head, reason = _describe(number, against, evaluation), _insane(evaluation, settings)
     if reason is None and evaluation.difference is not None:
-        reason = _short_of(settings.policy, evaluation.difference)
+        reason = short_of(settings.policy, evaluation.difference)
     if reason is not None:
         return Decision(False, f"{head}, rejected: {reason}", figures)
     return Decision(True, f"{head}, serving", figures)
@@ -134,7 +134,8 @@ def _insane(evaluation: Evaluation, settings: PublishSettings) -> str | None:
     return None
 
 
-def _short_of(policy: Literal["always", "not_worse", "better"], difference: Difference) -> str | None:
+def short_of(policy: Literal["always", "not_worse", "better"], difference: Difference) -> str | None:
+    """What the difference lacks for ``policy``; None: nothing."""
     if policy == "not_worse" and difference.mean + difference.half_width < 0:
         return "worse"
     if policy == "better" and not difference.mean - difference.half_width > 0:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Engine
 from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
 from metaclaw_plugin.gateway.routing import InFlight, end_exchange, pick_route
 from metaclaw_plugin.store import adapters as store
+from metaclaw_plugin.store import draining
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import in_flight, sessions
 
@@ -175,7 +176,7 @@ def test_a_version_is_retired_only_when_off_route_idle_and_unpinned(engine: Engi
 
     def retire(dead: tuple[str, ...] = (), since: float = 0.0) -> bool:
         with engine.begin() as c:
-            return store.retire_if_drained(c, "ada", 1, dead=dead, open_since=since)
+            return draining.retire_if_drained(c, "ada", 1, dead=dead, open_since=since)
 
     assert not retire(("p1",), time.time() + 1)  # on the route
     with engine.begin() as c:
@@ -197,8 +198,8 @@ def test_what_a_dead_process_had_in_flight_holds_nothing(engine: Engine) -> None
         InFlight(engine, "dead").begin(c, "ada", 1)
         serve(c, 2)
     with engine.begin() as c:
-        assert not store.retire_if_drained(c, "ada", 1, dead=(), open_since=0.0)
-        assert store.retire_if_drained(c, "ada", 1, dead=("dead",), open_since=0.0)
+        assert not draining.retire_if_drained(c, "ada", 1, dead=(), open_since=0.0)
+        assert draining.retire_if_drained(c, "ada", 1, dead=("dead",), open_since=0.0)
 
 
 def test_a_rolled_back_transaction_leaves_the_row_to_the_next_request(engine: Engine) -> None:
@@ -270,7 +271,7 @@ def test_law_6_no_request_begins_on_a_version_after_it_was_retired(engine: Engin
                 serve(c, number)
             while number - 1 not in retired:
                 with engine.begin() as c:
-                    if store.retire_if_drained(c, "ada", number - 1, dead=(), open_since=0.0):
+                    if draining.retire_if_drained(c, "ada", number - 1, dead=(), open_since=0.0):
                         retired.add(number - 1)
                         with guard:
                             wrong.extend([number - 1] * running.get(number - 1, 0))

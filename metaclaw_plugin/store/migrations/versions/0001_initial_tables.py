@@ -156,6 +156,9 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("changed_at", sa.Float(), nullable=False),
         sa.Column("head", sa.Integer(), nullable=True),
+        sa.Column("canary", sa.Integer(), nullable=True),
+        sa.Column("canary_share", sa.Float(), nullable=True),
+        sa.Column("canary_since", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("agent"),
     )
     op.create_table(
