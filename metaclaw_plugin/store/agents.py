@@ -22,6 +22,7 @@ from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.engine import insert_or_ignore
 
 KEY_PREFIX = "mc-"
+_BY_NAME = sa.select(schema.agents).where(schema.agents.c.name == sa.bindparam("name"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def get_record(c: Connection, name: str) -> AgentRecord:
     Raises:
         UnknownAgentError: if there is none.
     """
-    row = c.execute(sa.select(schema.agents).where(schema.agents.c.name == name)).one_or_none()
+    row = c.execute(_BY_NAME, {"name": name}).one_or_none()
     if row is None:
         raise UnknownAgentError(f"no agent {name[:80]!r}; `metaclaw agents add NAME` adds one")
     return _record(row)

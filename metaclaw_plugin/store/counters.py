@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from metaclaw_plugin.store.engine import dialect_insert
 from metaclaw_plugin.store.schema import counters
 
 LABEL_LENGTH = 200
@@ -18,15 +20,8 @@ def count(c: Connection, name: str, label: str = "", n: int = 1) -> None:
 
     Labels are cut to 200 characters.
     """
-    label = label[:LABEL_LENGTH]
-    now = time.time()
-    statement = dialect_insert(c, counters).values(name=name, label=label, value=n, at=now)
-    c.execute(
-        statement.on_conflict_do_update(
-            index_elements=[counters.c.name, counters.c.label],
-            set_={"value": counters.c.value + n, "at": now},
-        )
-    )
+    statement = _adding(c.dialect.name)
+    c.execute(statement, {"name": name, "label": label[:LABEL_LENGTH], "value": n, "at": time.time()})
 
 
 def read_counters(c: Connection, name: str | None = None) -> dict[str, dict[str, int]]:
@@ -38,3 +33,10 @@ def read_counters(c: Connection, name: str | None = None) -> dict[str, dict[str,
     for row in c.execute(query):
         found.setdefault(row.name, {})[row.label] = row.value
     return found
+
+
+@cache
+def _adding(dialect: str) -> Any:
+    insert = postgresql.insert(counters) if dialect == "postgresql" else sqlite.insert(counters)
+    sums = {"value": counters.c.value + insert.excluded.value, "at": insert.excluded.at}
+    return insert.on_conflict_do_update(index_elements=[counters.c.name, counters.c.label], set_=sums)

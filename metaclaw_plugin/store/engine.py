@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,35 @@ def open_store(url: str) -> Engine:
 
 def insert_or_ignore(c: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> int:
     """Insert ``rows``; those whose key is taken are left as they are. Returns how many were new."""
-    key = next(iter(table.primary_key))
-    inserted = 0
-    for row in rows:
-        # RETURNING, since the row count of such a statement is not to be had from every driver.
-        statement = dialect_insert(c, table).values(**row).on_conflict_do_nothing().returning(key)
-        inserted += c.execute(statement).first() is not None
-    return inserted
+    statement = _ignoring_insert(c.dialect.name, table)
+    return sum(c.execute(statement, dict(row)).first() is not None for row in rows)
+
+
+def put(c: Connection, table: sa.Table, row: Mapping[str, Any], replaced: tuple[str, ...]) -> None:
+    """Insert ``row``; if its primary key is taken, set the columns ``replaced`` of the row that is there."""
+    c.execute(_replacing_insert(c.dialect.name, table, replaced), dict(row))
 
 
 def dialect_insert(c: Connection, table: sa.Table) -> Any:
     """An INSERT that knows ``on_conflict_do_update`` and ``on_conflict_do_nothing``, which both databases have."""
-    return postgresql.insert(table) if c.dialect.name == "postgresql" else sqlite.insert(table)
+    return _insert(c.dialect.name, table)
+
+
+@cache
+def _ignoring_insert(dialect: str, table: sa.Table) -> Any:
+    # RETURNING, since the row count of such a statement is not to be had from every driver.
+    return _insert(dialect, table).on_conflict_do_nothing().returning(next(iter(table.primary_key)))
+
+
+@cache
+def _replacing_insert(dialect: str, table: sa.Table, replaced: tuple[str, ...]) -> Any:
+    insert = _insert(dialect, table)
+    values = {name: insert.excluded[name] for name in replaced}
+    return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=values)
+
+
+def _insert(dialect: str, table: sa.Table) -> Any:
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
 
 
 def _shown(url: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from metaclaw_plugin.store.engine import dialect_insert
+from metaclaw_plugin.store.engine import put
 from metaclaw_plugin.store.schema import facts
 
 
@@ -20,6 +20,4 @@ def get_fact(c: Connection, name: str, default: Any = None) -> Any:
 
 def set_fact(c: Connection, name: str, value: Any) -> None:
     """Set the fact ``name`` to ``value``, which must be JSON."""
-    now = time.time()
-    statement = dialect_insert(c, facts).values(name=name, value=value, at=now)
-    c.execute(statement.on_conflict_do_update(index_elements=[facts.c.name], set_={"value": value, "at": now}))
+    put(c, facts, {"name": name, "value": value, "at": time.time()}, ("value", "at"))

@@ -13,10 +13,35 @@ from sqlalchemy.engine import Connection, Row
 
 from metaclaw_plugin.errors import StoreError, UnknownSessionError
 from metaclaw_plugin.store import schema
-from metaclaw_plugin.store.engine import dialect_insert, insert_or_ignore
+from metaclaw_plugin.store.engine import insert_or_ignore, put
 
 _S = schema.sessions.c
+_K = schema.chain.c
 _OPEN = _S.closed_at.is_(None)
+
+# What every request executes is built once: building a statement costs several times its execution.
+_NAMED = sa.select(_S.id, _S.epoch).where(
+    _S.agent == sa.bindparam("agent"), _S.evidence_key == sa.bindparam("key"), _OPEN
+)
+_PAUSED = (
+    sa.select(_K.hash, _K.session, _K.tip, _K.at)
+    .join(schema.sessions, _S.id == _K.session)
+    .where(_K.agent == sa.bindparam("agent"), _K.hash.in_(sa.bindparam("hashes", expanding=True)), _OPEN)
+)
+_PASS_TIP = sa.update(schema.chain).where(_K.session == sa.bindparam("of"), _K.tip.is_(True)).values(tip=False)
+_TAKE = sa.select(schema.sessions).where(_S.id == sa.bindparam("session")).with_for_update()
+_TAKEN = (
+    sa.update(schema.sessions)
+    .where(_S.id == sa.bindparam("session"))
+    .values(
+        {name: sa.bindparam(f"new_{name}") for name in ("turns", "last_at", "exchanges", "anchor", "adapter_version")}
+    )
+)
+_TOUCH = (
+    sa.update(schema.sessions)
+    .where(_S.id == sa.bindparam("session"), _S.last_at < sa.bindparam("now"))
+    .values(last_at=sa.bindparam("now"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +72,19 @@ class Place:
 
 def find_or_open(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str:
     """Id of the open session that ``evidence`` names; a new one if there is none, or the client raised its epoch."""
-    mine = (_S.agent == agent, _S.evidence_key == evidence.key, _OPEN)
-    raised = sa.select(_S.id).where(*mine, _S.epoch < evidence.epoch)
-    for stale in c.execute(raised).scalars().all():
-        close_session(c, stale, "epoch", now)
-    find = sa.select(_S.id).where(*mine, _S.epoch == evidence.epoch)
+    mine = {"agent": agent, "key": evidence.key}
     for _ in range(2):  # the second time round, another process opened it in between
-        found = c.execute(find).scalar_one_or_none()
-        if found is not None:
-            return str(found)
+        rows = c.execute(_NAMED, mine).all()
+        for row in rows:
+            if row.epoch < evidence.epoch:
+                close_session(c, row.id, "epoch", now)
+        for row in rows:
+            if row.epoch == evidence.epoch:
+                return str(row.id)
         opened = open_session(c, agent, evidence, now, one_in)
         if opened is not None:
             return opened
-    return str(c.execute(find).scalar_one())
+    raise StoreError(f"the session of {evidence.name} of agent {agent!r} is opened and closed at once; try again")
 
 
 def open_session(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str | None:
@@ -105,18 +130,12 @@ def find_by_chain(c: Connection, agent: str, hashes: Sequence[str]) -> str | Non
     """
     if not hashes:
         return None
-    k = schema.chain.c
-    query = (
-        sa.select(k.hash, k.session, k.tip, k.at)
-        .join(schema.sessions, _S.id == k.session)
-        .where(k.agent == agent, k.hash.in_(hashes), _OPEN)
-    )
     order = {digest: place for place, digest in enumerate(hashes)}
-    rows = sorted(c.execute(query), key=lambda row: (order[row.hash], not row.tip, row.at))
+    found = c.execute(_PAUSED, {"agent": agent, "hashes": list(hashes)})
+    rows = sorted(found, key=lambda row: (order[row.hash], not row.tip, row.at))
     if not rows:
         return None
-    taken = sa.update(schema.chain).where(k.session == rows[0].session, k.tip.is_(True))
-    c.execute(taken.values(tip=False))
+    c.execute(_PASS_TIP, {"of": rows[0].session})
     return str(rows[0].session)
 
 
@@ -140,17 +159,21 @@ def take_turn(c: Connection, session: str, now: float, anchor: str | None, in_to
     new one starts an exchange, except inside a tool loop; a human message that is sent again stays in its exchange, but
     no longer on the version that this was pinned to.
     """
-    query = sa.select(schema.sessions).where(_S.id == session).with_for_update()
-    row: Row[Any] = c.execute(query).one()
+    row: Row[Any] = c.execute(_TAKE, {"session": session}).one()
     main = anchor is not None
     goes_on = in_tool_loop and row.exchanges > 0
     new = main and not goes_on and anchor != row.anchor
-    values: dict[str, Any] = {"turns": row.turns + 1, "last_at": max(now, row.last_at)}
-    if new:
-        values |= {"exchanges": row.exchanges + 1, "anchor": anchor}
-    if main and not goes_on and row.adapter_version is not None:
-        values["adapter_version"] = None
-    c.execute(sa.update(schema.sessions).where(_S.id == session).values(**values))
+    c.execute(
+        _TAKEN,
+        {
+            "session": session,
+            "new_turns": row.turns + 1,
+            "new_last_at": max(now, row.last_at),
+            "new_exchanges": row.exchanges + new,
+            "new_anchor": anchor if new else row.anchor,
+            "new_adapter_version": None if main and not goes_on else row.adapter_version,
+        },
+    )
     return Place(
         session=session,
         held_out=row.held_out,
@@ -163,15 +186,11 @@ def take_turn(c: Connection, session: str, now: float, anchor: str | None, in_to
 
 def add_states(c: Connection, agent: str, session: str, hashes: Sequence[str], now: float) -> None:
     """The session paused at ``hashes``: one for each choice that was given."""
-    k = schema.chain.c
-    c.execute(sa.update(schema.chain).where(k.session == session, k.tip.is_(True)).values(tip=False))
+    c.execute(_PASS_TIP, {"of": session})
     for digest in dict.fromkeys(hashes):
         row = {"agent": agent, "hash": digest, "session": session, "tip": True, "at": now}
-        statement = dialect_insert(c, schema.chain).values(**row)
-        c.execute(
-            statement.on_conflict_do_update(index_elements=[k.agent, k.hash, k.session], set_={"tip": True, "at": now})
-        )
-    c.execute(sa.update(schema.sessions).where(_S.id == session, _S.last_at < now).values(last_at=now))
+        put(c, schema.chain, row, ("tip", "at"))
+    c.execute(_TOUCH, {"session": session, "now": now})
 
 
 def close_session(c: Connection, session: str, reason: str, now: float) -> bool:

@@ -1,0 +1,114 @@
+"""What sessions cost: memory over 10,000 of them, and the time of the store's part of one request.
+
+    python benchmarks/sessions.py [--sessions 10000] [--url sqlite:///... | postgresql://...]
+
+Each session has two turns that only the conversation itself tells apart: resolve, store the trace, extend the chain, as
+a gateway process does it. Memory is the process's resident set after a collection. Writes
+runs/benchmarks/sessions.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metaclaw_plugin.gateway import sessions  # noqa: E402
+from metaclaw_plugin.gateway.sessions import RequestEvidence  # noqa: E402
+from metaclaw_plugin.settings import Settings  # noqa: E402
+from metaclaw_plugin.store.agents import add_agent  # noqa: E402
+from metaclaw_plugin.store.codec import encode_trace  # noqa: E402
+from metaclaw_plugin.store.engine import open_store  # noqa: E402
+from metaclaw_plugin.store.traces import insert_traces  # noqa: E402
+from tests.store_cases import TRACE  # noqa: E402
+
+TURNS = 2
+PROMPT = tuple(range(500))
+ANSWER = tuple(range(100))
+
+
+def main() -> None:
+    """Run, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=10_000)
+    parser.add_argument("--url", help="store to use; unset: SQLite in a temporary folder")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(given.url or f"sqlite:///{folder}/metaclaw.db", given.sessions)
+    target = ROOT / "runs" / "benchmarks" / "sessions.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("| sessions | resident set, MB | resolve, ms (p50) | store and extend, ms (p50) |")
+    print("|---|---|---|---|")
+    for row in found["rows"]:
+        print(f"| {row['sessions']} | {row['rss_mb']:.1f} | {row['resolve_ms']:.2f} | {row['commit_ms']:.2f} |")
+    print(f"growth after the first thousand: {found['growth_mb']:.1f} MB")
+
+
+def run(url: str, count: int) -> dict[str, Any]:
+    """Figures after every thousand sessions."""
+    engine = open_store(url)
+    settings = Settings()
+    with engine.begin() as c:
+        add_agent(c, "alpha")
+    rows = []
+    resolving: list[float] = []
+    committing: list[float] = []
+    for number in range(count):
+        messages: list[dict[str, str]] = []
+        for turn in range(TURNS):
+            messages.append({"role": "user", "content": f"question {turn} of conversation {number}"})
+            before = time.perf_counter()
+            with engine.begin() as c:
+                place = sessions.resolve(c, "alpha", RequestEvidence({}, {"messages": messages}), time.time(), settings)
+            resolved = time.perf_counter()
+            answer = {"role": "assistant", "content": f"answer {turn} of conversation {number}"}
+            trace = dataclasses.replace(
+                TRACE,
+                id=f"tr-{number}-{turn}",
+                session=place.session,
+                turn=place.turn,
+                messages=tuple(messages),
+                response=answer,
+                prompt_token_ids=PROMPT,
+                response_token_ids=ANSWER,
+                response_logprobs=tuple(-0.1 for _ in ANSWER),
+            )
+            row = encode_trace(trace)
+            with engine.begin() as c:
+                insert_traces(c, [row])
+                sessions.extend(c, place, [answer], time.time())
+            resolving.append(resolved - before)
+            committing.append(time.perf_counter() - resolved)
+            messages.append(answer)
+            assert place.turn == turn
+        if (number + 1) % 1000 == 0:
+            gc.collect()
+            rows.append(
+                {
+                    "sessions": number + 1,
+                    "rss_mb": psutil.Process().memory_info().rss / 1e6,
+                    "resolve_ms": statistics.median(resolving) * 1e3,
+                    "commit_ms": statistics.median(committing) * 1e3,
+                }
+            )
+            resolving.clear()
+            committing.clear()
+    engine.dispose()
+    return {"url": engine.dialect.name, "rows": rows, "growth_mb": rows[-1]["rss_mb"] - rows[0]["rss_mb"]}
+
+
+if __name__ == "__main__":
+    main()
