@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup models demo test lint clean
+.PHONY: help setup models demo test docs lint clean
 
 help:
 	@echo "make demo    set up, then two agents learn opposite styles by being talked to (about 20 minutes on 2 cores)"
 	@echo "make test    set up, then style, types and all tests"
 	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
+	@echo "make docs    write the configuration reference anew from the settings classes"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove the virtual environment, caches and runs"
 
@@ -20,6 +21,9 @@ models: setup
 
 demo: models
 	@$(BIN)/python -m demo $(DEMO_ARGS)
+
+docs: setup
+	@$(BIN)/python scripts/reference.py
 
 lint: setup
 	$(BIN)/ruff check .

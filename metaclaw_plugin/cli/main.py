@@ -32,6 +32,7 @@ COMMANDS = {
     "restart": Entry("start", "Stop, then start again in the background."),
     "status": Entry("status", "What runs, what each agent serves, and why nothing is training."),
     "doctor": Entry("doctor", "Check versions, GPU, ports, configuration and services."),
+    "service": Entry("service", "Print a systemd user unit, or put it in its place."),
     "logs": Entry("logs", "Show the logs of the processes."),
     "gateway": Entry("processes", "Run the gateway (LiteLLM with our callback) in the foreground."),
     "worker": Entry("processes", "Run the worker, which scores, forwards and publishes, in the foreground."),
