@@ -1,6 +1,6 @@
 """Runs one command, outlives its parent, and leaves nothing behind.
 
-    python -m metaclaw_plugin.supervisor.guard --life-fd N --grace SECONDS -- COMMAND...
+    python -m metaclaw_plugin.supervisor.guard --life-fd N --grace SECONDS [--session-nice N] -- COMMAND...
 
 The guard stands between the supervisor and a process of ours. It ends the command with all its descendants when
 
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -37,6 +38,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _lower_session(niceness: int) -> None:
+    """Lower the whole session: where Linux schedules by session (autogroup), a thread's own nice value means little."""
+    with contextlib.suppress(OSError):  # a kernel without autogroup goes by the threads' own nice values
+        Path("/proc/self/autogroup").write_text(f"{niceness}\n", encoding="ascii")
 
 
 def _die_with_guard() -> None:
@@ -115,9 +122,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="metaclaw guard")
     parser.add_argument("--life-fd", type=int)
     parser.add_argument("--grace", type=float, default=20.0)
+    parser.add_argument("--session-nice", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if options.session_nice:
+        _lower_session(options.session_nice)
     return Guard(command, options.life_fd, options.grace).run()
 
 

@@ -15,6 +15,9 @@ from metaclaw_plugin.launch import Launch, check_model, installed, shared_env
 from metaclaw_plugin.settings import Settings
 
 
+TRAINER_NICENESS = 10  # serving goes first
+
+
 @dataclass(frozen=True)
 class Service:
     """One process to run: ``name`` is also the name of its log."""
@@ -28,6 +31,7 @@ class Service:
     ready_line: str | None = None  # for a process without a port: stands in its log once it is ready
     start_timeout: float = 300.0  # seconds
     grace: float = 20.0  # seconds between SIGTERM and SIGKILL
+    niceness: int = 0  # of its session
     port_setting: str = ""  # what to change when the port is taken
 
     @property
@@ -117,6 +121,7 @@ def plan(settings: Settings, config: Path | None) -> list[Service]:
                 trainer_launch(settings, config),
                 port=trainer_port(settings),
                 ready_path="/v1/health",
+                niceness=TRAINER_NICENESS,
                 port_setting="metaclaw.rl.remote_url",
             )
         )
