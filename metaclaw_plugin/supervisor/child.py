@@ -53,9 +53,8 @@ class Child:
         """
         service = self.service
         guard = (sys.executable, "-m", "metaclaw_plugin.supervisor.guard")
-        options = ("--life-fd", str(self._life_fd), "--grace", str(service.grace))
-        if service.niceness:
-            options += ("--session-nice", str(service.niceness))
+        options = ["--life-fd", str(self._life_fd), "--grace", str(service.grace)]
+        options += ["--session-nice", str(service.niceness)]
         try:
             if self.log.exists() and self.log.stat().st_size > ROTATE:
                 self.log.replace(self.log.with_suffix(".log.1"))

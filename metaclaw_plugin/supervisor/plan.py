@@ -14,7 +14,6 @@ from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import Launch, check_model, installed, shared_env
 from metaclaw_plugin.settings import Settings
 
-
 TRAINER_NICENESS = 10  # serving goes first
 
 
