@@ -265,9 +265,10 @@ async def talking(stage: Stage, spoken: dict[str, Telltale], count: int) -> Asyn
         await task
 
 
-async def load_directly(stage: Stage, maker: TelltaleMaker) -> list[float]:
+async def load_directly(stage: Stage, model: Path) -> list[float]:
     """Load spare adapters into vLLM one by one; the seconds that each took, and nothing is left of them."""
     seconds: list[float] = []
+    maker = TelltaleMaker(model, stage.home / "spare")  # outside the trainer's folder, so that it leaves them alone
     async with httpx.AsyncClient(base_url=stage.vllm, timeout=60, trust_env=False) as http:
         for number in range(BARE_LOADS):
             name = f"spare-{number}"
@@ -307,7 +308,7 @@ async def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
         await asyncio.sleep(options.quiet)
     print(f"without publishing: {quiet.tally.replies} replies, {len(quiet.tally.failed)} failed", flush=True)
     async with talking(stage, spoken, options.streams) as loading:
-        loads = await load_directly(stage, maker)
+        loads = await load_directly(stage, Path(options.model))
     started = time.perf_counter()
     async with talking(stage, spoken, options.streams) as busy:
         seconds, sizes = await publish_all(stage, maker, spoken, busy, options)

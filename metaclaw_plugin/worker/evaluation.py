@@ -19,33 +19,25 @@ from typing import Any, Protocol, TypeVar
 import httpx
 import sqlalchemy as sa
 from metaclaw_hooks.names import version_name
+from metaclaw_hooks.plugins import Plugins
 from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, Kind, Purpose, Sampling, Session, Trace, message_text
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import SamplerRefusedError
+from metaclaw_plugin.errors import SamplerRefusedError, UnknownAgentError
 from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
 from metaclaw_plugin.settings import PublishSettings, Settings
+from metaclaw_plugin.store.agents import get_record
 from metaclaw_plugin.store.codec import decode_trace
 from metaclaw_plugin.store.schema import sessions, traces
-from metaclaw_plugin.worker.combine import combine, weights_for
+from metaclaw_plugin.worker.combine import combine
 from metaclaw_plugin.worker.modes import with_own
+from metaclaw_plugin.worker.policy import RewardPlan, plan_all, plan_rewards
 from metaclaw_plugin.worker.sampling import Reply, Sampler
 from metaclaw_plugin.worker.sanity_set import SANITY_SET
 from metaclaw_plugin.worker.verdicts import Evaluation, distinct_2, paired_difference
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class RewardPlugins(Protocol):
-    """The part of the plugins that an evaluation needs."""
-
-    async def call(
-        self, hook: str, /, *, only: Sequence[str] | None = None, **kwargs: Any
-    ) -> list[tuple[str, Any]]: ...
-    async def call_first(self, hook: str, /, **kwargs: Any) -> Any: ...
-    def implementers(self, hook: str, agent: str | None = None) -> list[str]: ...
-    def scores_lone_reply(self, name: str) -> bool | None: ...
 
 
 class EvaluationContext(Protocol):
@@ -56,7 +48,7 @@ class EvaluationContext(Protocol):
     @property
     def engine(self) -> Engine: ...
     @property
-    def plugins(self) -> RewardPlugins: ...
+    def plugins(self) -> Plugins: ...
     @property
     def http(self) -> httpx.AsyncClient: ...
 
@@ -85,13 +77,14 @@ class Evaluator:
             SamplerUnavailableError: if vLLM does not answer; to be tried again later.
             SamplerRefusedError: if vLLM answers, but not with what is needed.
         """
-        judges = self._judges(version.agent)
+        plan = await asyncio.to_thread(self._plan, version.agent)
+        judges = [name for name in plan.turn_rewards if self._ctx.plugins.scores_lone_reply(name)]
         replayed = await asyncio.to_thread(self._held_out, version.agent, settings.replays)
         prompts = replayed or [_sanity_prompt(version, number) for number in range(len(SANITY_SET))]
         pairs = await self._answer(prompts, version.name, _model(version.agent, against), settings)
         if len(pairs) * 2 < len(prompts):
             raise SamplerRefusedError(f"vLLM refused {len(prompts) - len(pairs)} of {len(prompts)} replayed prompts")
-        scores = await self._score(pairs, judges, version, against) if replayed and judges else []
+        scores = await self._score(pairs, judges, plan, version.number, against) if replayed and judges else []
         distinct = distinct_2(_texts(p.candidate for p in pairs)), distinct_2(_texts(p.serving for p in pairs))
         return Evaluation(
             against=against,
@@ -103,10 +96,13 @@ class Evaluator:
             sanity=await self._sanity(version.name, settings),
         )
 
-    def _judges(self, agent: str) -> list[str]:
-        weight = weights_for(self._ctx.settings.rewards, agent)
-        names = [name for name in self._ctx.plugins.implementers("score_trace", agent) if weight(name) > 0]
-        return [name for name in names if self._ctx.plugins.scores_lone_reply(name)]
+    def _plan(self, agent: str) -> RewardPlan:
+        rewards = self._ctx.settings.rewards
+        with self._ctx.engine.connect() as c:
+            try:
+                return plan_all(self._ctx.plugins, rewards, [get_record(c, agent)])[agent]
+            except UnknownAgentError:
+                return plan_rewards(self._ctx.plugins, rewards, agent)
 
     def _held_out(self, agent: str, limit: int) -> list[Trace]:
         """The agent's newest held-out traces with different prompts."""
@@ -143,28 +139,25 @@ class Evaluator:
         return [pair for pair in pairs if pair is not None]
 
     async def _score(
-        self, pairs: Sequence[_Pair], judges: Sequence[str], version: AdapterVersion, against: int
+        self, pairs: Sequence[_Pair], judges: Sequence[str], plan: RewardPlan, number: int, against: int
     ) -> list[tuple[float, float]]:
         """Rewards of both sides for each prompt on which both got one."""
 
         async def both(pair: _Pair) -> tuple[float | None, float | None]:
-            mine = await self._reward(pair.prompt, pair.candidate, version.number, judges)
-            return mine, await self._reward(pair.prompt, pair.serving, against, judges)
+            mine = await self._reward(_replayed(pair.prompt, pair.candidate, number), judges, plan)
+            return mine, await self._reward(_replayed(pair.prompt, pair.serving, against), judges, plan)
 
         scored = await _side_by_side(both, pairs, 8)
         return [(mine, other) for mine, other in scored if mine is not None and other is not None]
 
-    async def _reward(self, prompt: Trace, reply: Reply, number: int, judges: Sequence[str]) -> float | None:
-        trace = _replayed(prompt, reply, number)
+    async def _reward(self, trace: Trace, judges: Sequence[str], plan: RewardPlan) -> float | None:
         session = Session(trace.session, trace.agent, trace.started_at, trace.finished_at, None, True, (trace,))
         opinions = await self._ctx.plugins.call(
             "score_trace", only=judges, trace=trace, next_trace=None, session=session
         )
         rewards = [reward for _, reward in opinions]
         combined = await self._ctx.plugins.call_first("combine_rewards", trace=trace, rewards=rewards)
-        if combined is None:
-            return combine(rewards, weights_for(self._ctx.settings.rewards, trace.agent))
-        return float(combined)
+        return combine(rewards, plan.weight) if combined is None else float(combined)
 
     async def _kl(self, pairs: Sequence[_Pair], settings: PublishSettings) -> float | None:
         async def gaps(pair: _Pair) -> list[float]:
@@ -201,7 +194,7 @@ def _replayed(prompt: Trace, reply: Reply, number: int) -> Trace:
     now = time.time()
     return dataclasses.replace(
         prompt,
-        id=f"replay-{prompt.id}",
+        id=f"replay-{number}-{prompt.id}",
         adapter_version=number,
         model=_model(prompt.agent, number),
         response=reply.message,
