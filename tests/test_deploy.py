@@ -1,0 +1,101 @@
+"""The files for containers and systemd hold together: services, volumes, health checks, users, the shared config."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from metaclaw_plugin.cli.main import app
+from metaclaw_plugin.cli.service import unit
+from metaclaw_plugin.doctor.configuration import look_at_configuration
+from metaclaw_plugin.doctor.finding import Level
+from metaclaw_plugin.settings import load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+OURS = ("gateway", "worker", "trainer", "vllm")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return dict(yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8")))
+
+
+def test_every_process_of_the_house_is_a_service(compose: dict[str, Any]) -> None:
+    assert set(compose["services"]) == {*OURS, "postgres"}
+
+
+@pytest.mark.parametrize("name", [*OURS, "postgres"])
+def test_each_service_is_watched_and_starts_after_what_it_needs(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    assert service["healthcheck"]["test"]
+    assert service["restart"] == "unless-stopped"
+    for needed, how in service.get("depends_on", {}).items():
+        assert needed in compose["services"]
+        assert how == {"condition": "service_healthy"}
+    for volume in service["volumes"]:
+        source = re.split(r":(?=/)", volume)[0]
+        if source.startswith("./"):
+            assert (DEPLOY / source).exists()
+        elif not source.startswith("${"):
+            assert source in compose["volumes"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_services_run_our_commands_without_rights(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    assert service["command"] == ["metaclaw", name]
+    assert typer.main.get_command(app).get_command(None, name) is not None  # type: ignore[attr-defined]
+    assert service["cap_drop"] == ["ALL"]
+    dockerfile = DEPLOY.parent / service["build"]["dockerfile"]
+    users = re.findall(r"^USER (\S+)", dockerfile.read_text(), re.MULTILINE)
+    assert users == ["metaclaw"]
+
+
+def test_only_the_gateway_is_reachable_and_from_this_machine_alone(compose: dict[str, Any]) -> None:
+    published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
+    assert published == {"gateway": ["127.0.0.1:4000:4000"]}
+
+
+def test_no_secret_stands_in_the_files(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if "PASSWORD" in name or "KEY" in name:
+                assert value.startswith("${")
+
+
+@pytest.mark.parametrize("dockerfile", ["Dockerfile.gateway", "Dockerfile.trainer"])
+def test_images_copy_what_is_there_and_install_extras_that_exist(dockerfile: str) -> None:
+    text = (DEPLOY / dockerfile).read_text()
+    for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (installed,) = re.findall(r"\.\[([^\]]+)\]", text)
+    for extra in installed.replace("${VLLM}", "vllm").split(","):
+        assert extra in extras
+
+
+def test_the_shared_config_is_well_and_names_the_services(
+    compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METACLAW_TRAINER_KEY", "x")
+    path = DEPLOY / "litellm_config.yaml"
+    settings = load_settings(path)
+    wrong = [f for f in look_at_configuration(settings, path) if f.level is Level.FAILURE]
+    assert wrong == []
+    for url in (settings.vllm.url, settings.rl.remote_url):
+        assert re.split(r"[/:]+", url)[1] in compose["services"]
+    assert "@postgres/" in str(settings.store.url)
+
+
+def test_the_systemd_unit_escapes_what_systemd_would_read() -> None:
+    text = unit("/opt/my env/python", Path("/etc/100%/config.yaml"), Path("/data"))
+    assert 'ExecStart="/opt/my env/python" -m metaclaw_plugin.cli.main start --config "/etc/100%%/config.yaml"' in text
+    assert 'Environment="METACLAW_HOME=/data"' in text
