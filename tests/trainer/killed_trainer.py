@@ -47,7 +47,7 @@ def after(owner: object, name: str, calls: int) -> None:
     setattr(owner, name, wrapped)
 
 
-# A step has two passes of two minibatches: four gradients, four moves. A checkpoint has five files, two folders to sync.
+# A step: two passes of two minibatches, so four gradients, four moves. A checkpoint: five files, two folders synced.
 PHASES: dict[str, Callable[[], None]] = {
     "claimed": lambda: after(StoredQueue, "claim", 2),
     "scored": lambda: after(LoraEngine, "logprobs", 2),

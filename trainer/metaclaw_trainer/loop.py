@@ -22,6 +22,7 @@ from metaclaw_hooks.types import AdapterVersion, Sample
 from metaclaw_trainer.adapters import AdapterConfig
 from metaclaw_trainer.advantages import Advantages, Baseline, given
 from metaclaw_trainer.checkpoints import Checkpoint, read_checkpoint, remove_checkpoint, sweep, write_checkpoint
+from metaclaw_trainer.distillation import Distillation
 from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.errors import EngineStoppedError, TrainerError
 from metaclaw_trainer.libraries import library_versions
@@ -62,6 +63,10 @@ class TrainingLoop:
         self._settings = settings
         self._observer = observer
         self._plugins = plugins
+        self._teach = Distillation(engine, settings)
+        if plugins:
+            for plugin, losses in plugins.call_blocking("register_losses"):
+                engine.call(lambda e, p=plugin, own=losses: e.register_losses(p, own))  # type: ignore[misc]
         self._loaded: dict[str, tuple[int, TrainingState]] = {}  # agent -> version in the engine, and its state
 
     def run(self, stop: threading.Event) -> None:
@@ -119,7 +124,9 @@ class TrainingLoop:
     def _step(self, agent: str, samples: Sequence[Sample]) -> str:
         head = self._versions.head(agent)
         state = self._load(agent, head)
-        result = train_step(self._engine, _key(agent), state, samples, head.head, self._settings, advise=self._advise)
+        result = train_step(
+            self._engine, _key(agent), state, samples, head.head, self._settings, advise=self._advise, teach=self._teach
+        )
         for identity, reason in result.aside:
             self._queue.set_aside([identity], reason)
         if result.aside:

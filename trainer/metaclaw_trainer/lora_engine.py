@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -140,6 +140,15 @@ class LoraEngine:
             raise
 
     # numbers
+
+    def register_losses(self, plugin: str, losses: Mapping[str, Loss]) -> None:
+        """Add losses of a plugin; a name that is taken stays with whoever has it."""
+        self._mine()
+        for name, loss in losses.items():
+            if name in self.losses:
+                log.warning("plugin %s registers the loss %r, which is there already: ignored", plugin, name)
+            else:
+                self.losses[name] = loss
 
     def forward_backward(
         self,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metaclaw_trainer.batching import Datum
-from metaclaw_trainer.errors import NonFiniteError
+from metaclaw_trainer.errors import EngineError, NonFiniteError
 from metaclaw_trainer.forward import Scored
-from metaclaw_trainer.losses import Loss, LossOptions
+from metaclaw_trainer.losses import Loss, LossOptions, LossTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,11 @@ def objective(
             advantages_N = advantages_N - pull.coefficient * apart_N
             tally.add(**{f"kl_{pull.name}": apart_N.sum()})
         terms = loss(now_N, sampled_N, advantages_N, options)
+        if not isinstance(terms, LossTerms) or terms.loss_N.shape != now_N.shape or not terms.loss_N.requires_grad:
+            raise EngineError(
+                f"the loss gave no LossTerms with one differentiable value for each of {len(now_N)} tokens; "
+                "see metaclaw_trainer.losses for the signature"
+            )
         parts.append(terms.loss_N.sum() * weights[index])
         tally.logprobs[index] = still_N.cpu()
         tally.add(

@@ -26,7 +26,7 @@ from metaclaw_trainer.losses import LossOptions
 from metaclaw_trainer.settings import TrainerSettings
 
 Advise = Callable[[Sequence[Sample], Baseline], Advantages | None]  # a plugin's advantages, or None
-Teach = Callable[[Sequence[Sample]], Sequence[Sequence[Pull]]]  # further pulls of each sample
+Teach = Callable[[str, Sequence[Sample]], Sequence[Sequence[Pull]]]  # further pulls of each sample under an adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +99,9 @@ def train_step(
     if not fit:
         return StepResult(state, (), tuple(aside), None, {})
     advantages = (advise(fit, state.baseline) if advise else None) or estimate(fit, state.baseline, settings)
-    if advantages.silent and not settings.teacher_coefficient and not settings.hint_coefficient:
+    pulls = teach(key, fit) if teach else [()] * len(fit)
+    if advantages.silent and not any(pulls):
         return StepResult(state, (), tuple(aside), explain_silence(fit, settings.advantage), advantages.metrics)
-    pulls = teach(fit) if teach else [()] * len(fit)
     datums = [
         datum_of(sample, values).pulled(Pull("base", settings.kl_coefficient, logprobs), *others)
         for sample, values, logprobs, others in zip(fit, advantages.values, base, pulls, strict=True)
