@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import math
 import time
 import zlib
@@ -95,6 +96,14 @@ class Evaluator:
             distinct=(distinct[0] or 0.0, distinct[1]) if distinct[1] is not None else None,
             sanity=await self._sanity(version.name, settings),
         )
+
+    async def probe(self, version: AdapterVersion) -> None:
+        """See that ``version`` answers; this also makes vLLM ready for its first request.
+
+        Raises:
+            SamplerUnavailableError: if it does not.
+        """
+        await self._sampler.probe(version.name)
 
     def _plan(self, agent: str) -> RewardPlan:
         rewards = self._ctx.settings.rewards
@@ -194,7 +203,7 @@ def _replayed(prompt: Trace, reply: Reply, number: int) -> Trace:
     now = time.time()
     return dataclasses.replace(
         prompt,
-        id=f"replay-{number}-{prompt.id}",
+        id="replay-" + hashlib.sha256(f"{number}:{prompt.id}".encode()).hexdigest()[:24],
         adapter_version=number,
         model=_model(prompt.agent, number),
         response=reply.message,

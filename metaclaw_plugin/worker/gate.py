@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
-    """Measures a candidate."""
+    """Measures a candidate, and sees that it answers."""
+
+    async def probe(self, version: AdapterVersion) -> None: ...
 
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation: ...
 
@@ -49,13 +51,28 @@ class Gate:
     async def decide(self, record: VersionRecord, against: int) -> Decision | None:
         """The verdict on a candidate that every vLLM holds; None: not ready yet, ask again in the next round."""
         version = record.version
-        if record.wish == WISH_SERVE:
+        try:
+            decision = await self._decide(record, against)
+            if decision is not None and decision.accepted:
+                await self._judge.probe(version)
+        except (SamplerUnavailableError, SamplerRefusedError) as error:
+            logger.warning("%s cannot be judged and goes on waiting: %s", version.name, error)
+            self.problems[version.name] = f"cannot be judged: {error}"
+            self._not_before[version.name] = time.monotonic() + self._ctx.settings.publish.retry_interval
+            return None
+        if decision is not None:
             self._forget(version.name)
+        return decision
+
+    async def _decide(self, record: VersionRecord, against: int) -> Decision | None:
+        version = record.version
+        if time.monotonic() < self._not_before.get(version.name, float("-inf")):
+            return None
+        if record.wish == WISH_SERVE:
             return Decision(True, f"v{version.number}: put in place by the owner", {"policy": "owner"})
         task = self._tasks.get(version.name)
         if task is None:
-            busy = any(parse_version(name)[0] == version.agent for name in self._tasks)
-            if busy or time.monotonic() < self._not_before.get(version.name, float("-inf")):
+            if any(parse_version(name)[0] == version.agent for name in self._tasks):
                 return None
             settings = await asyncio.to_thread(self._read_settings, version.agent)
             if settings.policy == "always":
@@ -65,16 +82,7 @@ class Gate:
             return None
         if not task.done():
             return None
-        del self._tasks[version.name]
-        try:
-            decision = task.result()
-        except (SamplerUnavailableError, SamplerRefusedError) as error:
-            logger.warning("%s cannot be judged and goes on waiting: %s", version.name, error)
-            self.problems[version.name] = f"cannot be judged: {error}"
-            self._not_before[version.name] = time.monotonic() + self._ctx.settings.publish.retry_interval
-            return None
-        self._forget(version.name)
-        return decision
+        return self._tasks.pop(version.name).result()
 
     def keep_only(self, names: Collection[str]) -> None:
         """Give up on evaluations of versions that are no candidates any more."""

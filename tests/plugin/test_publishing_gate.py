@@ -30,7 +30,7 @@ from metaclaw_plugin.worker.verdicts import (
     paired_difference,
     student_quantile,
 )
-from tests.plugin.test_publishing_rounds import Plugins, Trainer, route, states
+from tests.plugin.test_publishing_rounds import Plugins, Trainer, answer, route, states
 
 GOOD = Evaluation(
     against=7,
@@ -126,6 +126,9 @@ class ScriptedJudge:
     asked: list[tuple[str, int, str]] = field(default_factory=list)
     down: bool = False
 
+    async def probe(self, version: AdapterVersion) -> None:
+        assert not self.down
+
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation:
         self.asked.append((version.name, against, settings.policy))
         if self.down:
@@ -152,7 +155,14 @@ def ctx(tmp_path: Path) -> Context:
         for name in ("ada", "bob"):
             add_agent(c, name)
         set_settings(c, "bob", {"publish": {"policy": "always"}})
-    return Context(settings, engine, Trainer(), Plugins(), httpx.AsyncClient(verify=False), ScriptedJudge())
+    return Context(
+        settings,
+        engine,
+        Trainer(),
+        Plugins(),
+        httpx.AsyncClient(transport=httpx.MockTransport(answer)),
+        ScriptedJudge(),
+    )
 
 
 def publisher_of(ctx: Context) -> Publisher:
