@@ -31,6 +31,7 @@ COMMANDS = {
     "stop": Entry("start", "End everything that `metaclaw start` started."),
     "restart": Entry("start", "Stop, then start again in the background."),
     "status": Entry("status", "What runs, what each agent serves, and why nothing is training."),
+    "top": Entry("top", "Watch agents, rewards, versions and queues, live."),
     "doctor": Entry("doctor", "Check versions, GPU, ports, configuration and services."),
     "service": Entry("service", "Print a systemd user unit, or put it in its place."),
     "logs": Entry("logs", "Show the logs of the processes."),

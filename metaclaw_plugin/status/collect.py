@@ -79,7 +79,7 @@ def collect(settings: Settings) -> Status:
         processes=processes,
         agents=agents,
         counters=store.counters,
-        problems=tuple(problems),
+        problems=(*problems, *store.problems),
     )
 
 

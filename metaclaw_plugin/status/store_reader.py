@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from metaclaw_plugin.errors import StoreError
@@ -21,6 +21,7 @@ SQLITE = "sqlite:///"
 NEWEST = 200  # traces of an agent whose verdicts are looked at
 
 Query = Callable[..., Sequence[Sequence[Any]]]
+T = TypeVar("T")
 
 _AGENTS = "SELECT name, mode FROM agents ORDER BY name"
 _SERVING = "SELECT agent, version FROM routes"
@@ -32,6 +33,11 @@ _VERDICTS = (
     "GROUP BY trainable, reason"
 )
 _HEARTBEAT = "SELECT value, at FROM facts WHERE name = 'worker_heartbeat'"  # written by the worker every few seconds
+_WINDOWS = "SELECT value FROM facts WHERE name = 'training_windows'"  # agent -> {"open", "reason"}, by the worker
+_PROBLEMS = (
+    "SELECT agent, number, problem FROM adapters WHERE problem IS NOT NULL "
+    "AND state IN ('candidate', 'serving') ORDER BY agent, number"
+)
 _COUNTERS = "SELECT name, label, value FROM counters ORDER BY name, label"
 
 
@@ -53,6 +59,7 @@ class StoredAgent:
     newest: int  # how many of the newest traces the next two speak of
     trainable: int
     reasons: tuple[tuple[str, int], ...] = ()  # why not, the most frequent first
+    shut: str | None = None  # mode auto: why it may not train now
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class StoreView:
     counters: tuple[tuple[str, str, int], ...] = ()  # name, label, value
     worker: tuple[str, float] | None = None  # who was last at work (host:pid:start), and when since the epoch
     empty: bool = False  # there is no store yet
+    problems: tuple[str, ...] = ()  # of adapter versions that cannot be loaded or judged
 
 
 @dataclass
@@ -78,31 +86,43 @@ def read_store(url: str) -> StoreView:
     Raises:
         StoreError: if it cannot be opened or read.
     """
-    if url.startswith(SQLITE):
-        path = Path(url.removeprefix(SQLITE))
-        return _read_sqlite(path) if path.exists() else StoreView(empty=True)
-    return _read_other(url)
+    return query_store(url, _view) or StoreView(empty=True)
 
 
-def _read_sqlite(path: Path) -> StoreView:
+def query_store(url: str, read: Callable[[Query], T]) -> T | None:
+    """What ``read`` makes of the store, in one read-only connection; ``None`` if there is no SQLite file yet.
+
+    Raises:
+        StoreError: if it cannot be opened or read.
+    """
+    if not url.startswith(SQLITE):
+        return _query_other(url, read)
+    path = Path(url.removeprefix(SQLITE))
+    return _query_sqlite(path, read) if path.exists() else None
+
+
+def _query_sqlite(path: Path, read: Callable[[Query], T]) -> T:
     try:
         connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=0.3)
         try:
-            return _view(lambda sql, **values: connection.execute(sql, values).fetchall())
+            return read(lambda sql, **values: connection.execute(sql, values).fetchall())
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise StoreError(f"cannot read the store {path}: {error}") from error
 
 
-def _read_other(url: str) -> StoreView:
+def _query_other(url: str, read: Callable[[Query], T]) -> T:
     import sqlalchemy as sa
 
     try:
-        engine = sa.create_engine(url)
+        parsed = sa.make_url(url)
+        if parsed.drivername in {"postgresql", "postgres"}:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = sa.create_engine(parsed)
         try:
             with engine.connect() as c:
-                return _view(lambda sql, **values: c.execute(sa.text(sql), values).fetchall())
+                return read(lambda sql, **values: c.execute(sa.text(sql), values).fetchall())
         finally:
             engine.dispose()
     except (sa.exc.SQLAlchemyError, ImportError) as error:
@@ -121,6 +141,7 @@ def _view(query: Query) -> StoreView:
         if score == "scored" and forward in ("waiting", "merged"):
             tally.scored_waiting += count
     agents = []
+    windows = next((_told(value) for (value,) in query(_WINDOWS)), {})
     for name, mode in query(_AGENTS):
         tally = tallies[name]
         verdicts = query(_VERDICTS, agent=name)
@@ -143,12 +164,19 @@ def _view(query: Query) -> StoreView:
                 newest=sum(int(n) for _, _, n in verdicts),
                 trainable=sum(int(n) for trainable, _, n in verdicts if trainable),
                 reasons=tuple(reasons.most_common(3)),
+                shut=None if windows.get(name, {}).get("open", True) else str(windows[name].get("reason")),
             )
         )
     counters = tuple((name, label, int(value)) for name, label, value in query(_COUNTERS))
     heartbeat = query(_HEARTBEAT)
     worker = None
     for value, at in heartbeat:
-        told = json.loads(value) if isinstance(value, str) else value  # SQLite keeps JSON as text
+        told = _told(value)
         worker = (str(told.get("owner", "")), float(at))
-    return StoreView(tuple(agents), counters, worker)
+    problems = tuple(f"{agent}@v{number}: {problem}" for agent, number, problem in query(_PROBLEMS))
+    return StoreView(tuple(agents), counters, worker, problems=problems)
+
+
+def _told(value: Any) -> Any:
+    """A JSON column's value: SQLite keeps it as text."""
+    return json.loads(value) if isinstance(value, str) else value

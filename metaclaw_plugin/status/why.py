@@ -38,6 +38,8 @@ def why_not_training(
     queued = int(there.get("queued", 0)) if there else 0
     if queued == 0 and (line := _nothing_arrives(agent)):
         return line
+    if mode == "auto" and agent.shut is not None:
+        return agent.shut
     if there is None:
         return f"the trainer has no sample of it yet; {agent.unscored + agent.unforwarded} traces are on their way"
     return str(there.get("idle_reason") or f"{queued} of {there.get('batch_size', '?')} samples are queued")

@@ -18,6 +18,7 @@ from metaclaw_hooks.types import Mode
 from metaclaw_plugin.cli.status import columns, duration, render
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.settings import RlSettings, Settings
+from metaclaw_plugin.status.activity import read_activity, sparkline
 from metaclaw_plugin.status.collect import collect
 from metaclaw_plugin.status.probes import Question, ask
 from metaclaw_plugin.status.store_reader import StoredAgent, read_store
@@ -265,3 +266,41 @@ def test_a_probe_never_raises() -> None:
 def test_columns_and_durations_are_readable() -> None:
     assert columns([("A", "LONG"), ("longer", "x")]) == ["A       LONG", "longer  x"]
     assert [duration(s) for s in (5, 119, 600, 7200, 200000)] == ["5 s", "119 s", "10 min", "2 h", "2 d"]
+
+
+def test_a_postgresql_url_is_read_through_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match=r"cannot read the store postgresql://user:\*\*\*@127.0.0.1:9/none"):
+        read_store("postgresql://user:secret@127.0.0.1:9/none")
+
+
+def test_top_shows_traffic_and_the_curve_of_rewards(filled: Settings) -> None:
+    from typer.testing import CliRunner
+
+    from metaclaw_plugin.cli.top import app
+
+    engine = open_store(filled.store_url)
+    with engine.begin() as c:
+        rows = [
+            trace(n, agent="plain", reward=n / 10 - 2, score="scored", finished_at=time.time()) for n in range(10, 31)
+        ]
+        c.execute(sa.insert(schema.traces), rows)
+    engine.dispose()
+    activity = read_activity(filled.store_url, time.time())["plain"]
+    assert activity.last_minute == 21
+    assert activity.mean is not None
+    assert abs(activity.mean - 0.05) < 1e-9
+    config = filled.home / "config.yaml"
+    config.write_text(f"metaclaw: {{home: {filled.home}, rl: {{remote_url: 'http://127.0.0.1:9'}}}}\n")
+    done = CliRunner().invoke(app, ["--once", "--config", str(config)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "+0.05" in done.output
+    assert "▁▁▁▂▂▃▃▃▄▄" in done.output
+    assert "plain" in done.output
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [((), ""), ((-1.0,), "▁"), ((1.0, -1.0), "█▁"), ((-1.0, -1.0, 1.0, 1.0), "▁▁██"), ((0.0,) * 40, "▅" * 20)],
+)
+def test_the_curve_goes_from_minus_one_to_one(rewards: tuple[float, ...], expected: str) -> None:
+    assert sparkline(rewards) == expected
