@@ -141,7 +141,7 @@ def _view(query: Query) -> StoreView:
         if score == "scored" and forward in ("waiting", "merged"):
             tally.scored_waiting += count
     agents = []
-    windows = next((_told(value) for (value,) in query(_WINDOWS)), {})
+    windows: dict[str, Any] = next((_told(value) for (value,) in query(_WINDOWS)), {})
     for name, mode in query(_AGENTS):
         tally = tallies[name]
         verdicts = query(_VERDICTS, agent=name)
