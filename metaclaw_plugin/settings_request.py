@@ -20,6 +20,9 @@ class GatewaySettings(Section):
     max_body_bytes: int = Field(32_000_000, ge=1024, description="Longest request body; beyond it, 413.")
     max_messages: int = Field(4000, ge=1, description="Most messages in one request; beyond it, 413.")
     max_tools: int = Field(1000, ge=1, description="Most tools in one request; beyond it, 413.")
+    upstream_key_header: str | None = Field(
+        None, description="Header in which callers may send their own key for the listed deployments; unset: none."
+    )
 
 
 class StoreSettings(Section):

@@ -8,6 +8,7 @@ before LiteLLM sees it. Chunks pass one for one; nothing is held but an unfinish
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -22,7 +23,9 @@ from metaclaw_plugin.capture.reply import Reply
 # The recording that requests sent from the present context go into; None: pass through untouched.
 RECORDING: ContextVar[Recording | None] = ContextVar("metaclaw_recording", default=None)
 
-_DROPPED_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
+# LiteLLM writes the model first; the long rest of the body need not be parsed then.
+_MODEL_IN_FRONT = re.compile(rb'\A(\{\s*"model"\s*:\s*)"[^"\\]*"')
+_DROPPED_HEADERS = frozenset({b"content-encoding", b"content-length"})
 
 
 @dataclass(slots=True)
@@ -31,6 +34,8 @@ class Recording:
 
     keep_logprobs: bool  # the client asked for them itself
     keep_token_ids: bool
+    model: str | None = None  # what to ask the upstream for, in the place of LiteLLM's name; None: that name
+    kept: bool = True  # False: only the model is seen to
     request_body: bytes = b""
     status: int | None = None  # None: the upstream never answered
     reply: Reply = field(default_factory=Reply)
@@ -62,6 +67,10 @@ class TapTransport(httpx.AsyncBaseTransport):
         recording = RECORDING.get()
         if recording is None:
             return await self._inner.handle_async_request(request)
+        request = await _with_model(request, recording.model)
+        if not recording.kept:
+            recording.end()
+            return await self._inner.handle_async_request(request)
         request.headers["accept-encoding"] = "identity"
         recording.request_body = await request.aread()
         try:
@@ -79,6 +88,22 @@ class TapTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Left open on purpose: LiteLLM closes clients that share this transport."""
+
+
+async def _with_model(request: httpx.Request, model: str | None) -> httpx.Request:
+    """The request for another model. Done here, so that LiteLLM goes on naming the one that the client asked for."""
+    if model is None:
+        return request
+    body = await request.aread()
+    name = json.dumps(model).encode()
+    changed, found = _MODEL_IN_FRONT.subn(lambda match: match[1] + name, body, count=1)
+    if not found:
+        try:
+            changed = _dump(_parse(body) | {"model": model})
+        except ValueError:
+            return request
+    headers = [(key, value) for key, value in request.headers.raw if key.lower() != b"content-length"]
+    return httpx.Request(request.method, request.url, headers=headers, content=changed, extensions=request.extensions)
 
 
 def _with_stream(response: httpx.Response, stream: httpx.AsyncByteStream) -> httpx.Response:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from metaclaw_plugin.errors import ProcessError
 from metaclaw_plugin.settings import CONFIG_ENV, HOME_ENV, Settings
 
+METRICS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # where the workers' counters meet
 MASTER_KEY_ENV = "LITELLM_MASTER_KEY"
 
 # Nothing leaves the machine that the owner did not configure, and LiteLLM's banner stays off the log.
@@ -29,7 +32,23 @@ def gateway_command(settings: Settings, config_path: Path) -> tuple[list[str], M
         # Several workers start slowly on a busy machine; without this LiteLLM kills them while they do.
         argv += ["--num_workers", str(gateway.workers), "--timeout_worker_healthcheck", "120"]
     env = dict(os.environ) | _QUIET | {CONFIG_ENV: str(config_path), HOME_ENV: str(settings.home)}
+    if gateway.workers > 1:
+        env[METRICS_ENV] = str(_empty_folder(settings.home / "gateway-metrics"))
     # LiteLLM does not start without a master key. Where the owner set none, nobody shall know it; a key that the
     # config file sets goes before this one.
     env.setdefault(MASTER_KEY_ENV, "sk-" + secrets.token_urlsafe(32))
     return argv, env
+
+
+def _empty_folder(folder: Path) -> Path:
+    """A folder without the counters of processes that are gone.
+
+    Raises:
+        ProcessError: if it cannot be made.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ProcessError(f"cannot make {folder}: {error.strerror}; check the permissions of METACLAW_HOME") from error
+    return folder

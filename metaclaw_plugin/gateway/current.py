@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from metaclaw_hooks.types import Agent, SkillRef
 
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.gateway.dialects import Dialect
-from metaclaw_plugin.gateway.routing import Route, Ticket
+from metaclaw_plugin.gateway.routing import UPSTREAM, Route, Ticket
 from metaclaw_plugin.gateway.sessions import Turn
 
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,1000})"')
@@ -35,18 +34,30 @@ class Plan:
     skills: tuple[SkillRef, ...] = ()
     skill_generation: int = 0
 
+    @property
+    def on_own_model(self) -> bool:
+        """Whether vLLM answers with the agent's own model, and not a deployment that the owner listed."""
+        return self.route.model.startswith(f"{UPSTREAM}/")
+
+    @property
+    def upstream_name(self) -> str:
+        """The model name that the upstream is asked for."""
+        return self.route.model.removeprefix(f"{UPSTREAM}/")
+
 
 @dataclass(slots=True)
 class CurrentRequest:
     """One request from its first byte to its last."""
 
     dialect: Dialect
-    headers: Mapping[str, str]  # lower case
+    headers: dict[str, str]  # lower case
     started_at: float = field(default_factory=time.time)
     plan: Plan | None = None
     recording: Recording | None = None  # of the last attempt
     response_id: str | None = None  # as the client sees it
     committed: bool = False
+    upstream_key: str | None = field(default=None, repr=False)  # the caller's own, for the owner's deployments
+    text_request: bytes = b""  # chat request that stands for this one, where no tap sees the real one
 
     def sniff(self, body: bytes) -> None:
         """Take the response's id from the first bytes that the client gets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -73,6 +74,24 @@ def error_body(dialect: Dialect, status: int, message: str) -> dict[str, Any]:
             "code": str(status),
         }
     }
+
+
+def in_dialect(dialect: Dialect, status: int, body: bytes) -> bytes:
+    """An error body as the caller's dialect has it; one that is not in OpenAI's shape is left alone."""
+    try:
+        said = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return body
+    if dialect != "messages" or b'"type":"error"' in body.replace(b" ", b""):
+        return body
+    return json.dumps(error_body(dialect, status, str(said))).encode()
+
+
+def as_chat_request(dialect: Dialect, data: Mapping[str, Any]) -> bytes:
+    """The request in the shape of a chat request, as far as a trace goes."""
+    names = ("model", "tools", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
+    chat = {name: data[name] for name in names if data.get(name) is not None}
+    return json.dumps(chat | {"messages": chat_messages(dialect, data)}, default=str).encode()
 
 
 def _dicts(items: object) -> list[Message]:

@@ -1,30 +1,20 @@
-"""The outermost layer of the gateway: sees every request before LiteLLM does, and every byte after it.
-
-What it holds back is the last of an answer, for as long as its trace takes to be committed, and no longer than the
-configured wait (law 3). All other bytes pass as they come.
-"""
+"""The outermost layer of the gateway: sees every request before LiteLLM does, and every byte after it."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from metaclaw_plugin.capture.transport import RECORDING
+from metaclaw_plugin.gateway.answer import Answer
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
-from metaclaw_plugin.gateway.dialects import dialect_of, error_body
+from metaclaw_plugin.gateway.dialects import dialect_of
 from metaclaw_plugin.gateway.request import Gateway
-
-logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-TRACE_HEADER = b"x-metaclaw-trace-id"
-ADAPTER_HEADER = b"x-metaclaw-adapter"
 
 
 class _TooLargeError(Exception):
@@ -46,21 +36,32 @@ class Edge:
         self._gateway.start()
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         current = CurrentRequest(dialect, headers)
-        answer = _Answer(current, self._gateway, send)
+        scope = self._take_credentials(scope, current)
+        answer = Answer(current, self._gateway, send)
         body = _LimitedBody(receive, self._gateway.settings.gateway.max_body_bytes)
         if body.declares_too_much(headers):
             await answer.refuse(413, body.complaint)
             return
         tokens = CURRENT.set(current), RECORDING.set(None)
         try:
-            await self._app(scope, body.receive, answer.send_unless_too_large(body))
+            await self._app(scope, body.receive, body.guard(answer))
         except _TooLargeError:
             if not answer.started:
                 await answer.refuse(413, body.complaint)
         finally:
             CURRENT.reset(tokens[0])
             RECORDING.reset(tokens[1])
+            answer.end()
             self._gateway.close_request(current)
+
+    def _take_credentials(self, scope: Message, current: CurrentRequest) -> Message:
+        """Take the caller's own upstream key off the request, so that LiteLLM never sees, logs or stores it."""
+        name = self._gateway.settings.gateway.upstream_key_header
+        if name is None or name.lower() not in current.headers:
+            return scope
+        current.upstream_key = current.headers.pop(name.lower())
+        raw = name.lower().encode()
+        return {**scope, "headers": [(key, value) for key, value in scope["headers"] if key.lower() != raw]}
 
 
 class _LimitedBody:
@@ -68,13 +69,12 @@ class _LimitedBody:
         self._receive = receive
         self._limit = limit
         self._seen = 0
-        self.exceeded = False
+        self._exceeded = False
 
     @property
     def complaint(self) -> str:
-        return (
-            f"the request body is longer than {self._limit} bytes; send less, or raise metaclaw.gateway.max_body_bytes"
-        )
+        limit = f"the request body is longer than {self._limit} bytes"
+        return f"{limit}; send less, or raise metaclaw.gateway.max_body_bytes"
 
     def declares_too_much(self, headers: dict[str, str]) -> bool:
         length = headers.get("content-length", "")
@@ -84,50 +84,14 @@ class _LimitedBody:
         message = await self._receive()
         self._seen += len(message.get("body", b""))
         if self._seen > self._limit:
-            self.exceeded = True
+            self._exceeded = True
             raise _TooLargeError
         return message
 
-
-class _Answer:
-    def __init__(self, current: CurrentRequest, gateway: Gateway, send: Send) -> None:
-        self._current = current
-        self._gateway = gateway
-        self._send = send
-        self.started = False
-
-    def send_unless_too_large(self, body: _LimitedBody) -> Send:
+    def guard(self, answer: Answer) -> Send:
         async def send(message: Message) -> None:
-            if body.exceeded and not self.started:  # whatever LiteLLM made of it, ours is the clearer answer
+            if self._exceeded and not answer.started:  # whatever LiteLLM made of it, ours is the clearer answer
                 raise _TooLargeError
-            await self._pass(message)
+            await answer.take(message)
 
         return send
-
-    async def _pass(self, message: Message) -> None:
-        current = self._current
-        if message["type"] == "http.response.start":
-            self.started = True
-            self._name_trace(message)
-        elif message["type"] == "http.response.body":
-            current.sniff(message.get("body", b""))
-            recording = current.recording
-            if recording is not None and recording.over and not current.committed:
-                await self._gateway.commit(current)
-        await self._send(message)
-
-    def _name_trace(self, message: Message) -> None:
-        plan = self._current.plan
-        if plan is None:
-            return
-        added = [(ADAPTER_HEADER, f"{plan.agent.name}@v{plan.route.adapter_version}".encode())]
-        if plan.turn is not None and message["status"] < 300:
-            added.append((TRACE_HEADER, plan.trace_id.encode()))
-        message["headers"] = [*message.get("headers", ()), *added]
-
-    async def refuse(self, status: int, complaint: str) -> None:
-        self.started = True
-        body = json.dumps(error_body(self._current.dialect, status, complaint)).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})

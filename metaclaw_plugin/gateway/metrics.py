@@ -1,12 +1,17 @@
-"""What this gateway process counts, for Prometheus."""
+"""What the gateway counts, for Prometheus. Several worker processes share a folder, and any of them speaks for all."""
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SHARED_FOLDER_ENV = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 
 
 class Metrics:
-    """Counters and timings of one process; ``render`` gives them in Prometheus' text form."""
+    """Counters and timings; ``render`` gives them in Prometheus' text form."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -30,5 +35,9 @@ class Metrics:
         self._commits.labels("yes" if stored else "no").observe(seconds)
 
     def render(self) -> bytes:
-        """All of it as Prometheus reads it."""
-        return generate_latest(self.registry)
+        """All of it as Prometheus reads it, of all worker processes."""
+        if not os.environ.get(SHARED_FOLDER_ENV):
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
-from fastapi import HTTPException
+from fastapi import Depends, HTTPException, Response
 from litellm.proxy import proxy_server
+from litellm.proxy._types import LitellmUserRoles
+from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
 from metaclaw_plugin.errors import ForbiddenAgentError, MetaclawError, UnknownAgentError
 from metaclaw_plugin.gateway import routes
 from metaclaw_plugin.gateway.current import CURRENT
 from metaclaw_plugin.gateway.dialects import CALL_TYPES
 from metaclaw_plugin.gateway.edge import Edge
-from metaclaw_plugin.gateway.identity import KeyFacts
+from metaclaw_plugin.gateway.identity import CLAIM, KeyFacts
 from metaclaw_plugin.gateway.limits import too_many
 from metaclaw_plugin.gateway.runtime import process_gateway
 from metaclaw_plugin.gateway.upstream import is_listed, tapped_client
@@ -33,6 +36,21 @@ def install() -> None:
     if not isinstance(app.middleware_stack, Edge):
         app.middleware_stack = Edge(app.middleware_stack, process_gateway())
         routes.mount(app)
+        app.add_api_route("/metaclaw/metrics", metrics, methods=["GET"], tags=["metaclaw"])
+
+
+async def metrics(auth: Any = Depends(user_api_key_auth)) -> Response:
+    """What the gateway counts, for Prometheus: to LiteLLM's admins and the key in ``internal.key``.
+
+    Raises:
+        HTTPException: 403 for any other key, since agents of all owners are named.
+    """
+    claim = KeyFacts.of(auth)
+    internal = claim.ours and claim.metadata.get(CLAIM, {}).get("internal") is True
+    if not internal and getattr(auth, "user_role", None) != LitellmUserRoles.PROXY_ADMIN:
+        raise HTTPException(403, "metrics are for LiteLLM's admins, and for the key in METACLAW_HOME/internal.key")
+    page = await asyncio.to_thread(process_gateway().metrics.render)
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dict[str, Any]:
@@ -61,13 +79,17 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
 
 
 def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
-    """Make a call to vLLM recordable; ``None``: leave it as it is."""
+    """Make a call to vLLM recordable, give any other the caller's own key; ``None``: leave it as it is."""
     current = CURRENT.get()
-    if current is None or current.plan is None or getattr(call_type, "value", call_type) != "acompletion":
+    if current is None:
         return None
-    if call.get("custom_llm_provider") != "hosted_vllm" and not str(call.get("model")).startswith("hosted_vllm/"):
-        return None
-    return process_gateway().attempt(current, call) | {"client": tapped_client()}
+    if call.get("custom_llm_provider") == "hosted_vllm" or str(call.get("model")).startswith("hosted_vllm/"):
+        if current.plan is None or getattr(call_type, "value", call_type) != "acompletion":
+            return None
+        return process_gateway().attempt(current, call) | {"client": tapped_client()}
+    if current.upstream_key is not None:
+        return call | {"api_key": current.upstream_key, "client": None}  # LiteLLM's client would bring our key
+    return None
 
 
 def with_answer(response: Any) -> None:

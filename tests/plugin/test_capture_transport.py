@@ -206,3 +206,19 @@ async def test_numbers_that_json_libraries_disagree_about_survive() -> None:
     _, chunks = await pass_through(Upstream([body], content_type="application/json"), Recording(False, False))
     assert b"123456789012345678901234567890" in chunks[0]
     assert json.loads(chunks[0])["prompt_token_ids"] is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"model": "alpha", "messages": [{"content": "\\"model\\": \\"x\\""}]}', b'{"messages": [], "model": "a"}'],
+)
+@pytest.mark.parametrize("kept", [True, False])
+async def test_the_upstream_is_asked_for_the_model_of_the_route(body: bytes, kept: bool) -> None:
+    recording = Recording(False, False, model="alpha@v3", kept=kept)
+    upstream = Upstream([b'{"choices": []}'], content_type="application/json")
+    await pass_through(upstream, recording, body)
+    assert upstream.request is not None
+    sent = await upstream.request.aread()
+    assert json.loads(sent) == json.loads(body) | {"model": "alpha@v3"}
+    assert int(upstream.request.headers["content-length"]) == len(sent)
+    assert recording.request_body == (sent if kept else b"")

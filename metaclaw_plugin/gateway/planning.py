@@ -1,0 +1,99 @@
+"""What is decided about a request before the call, in one transaction: session, skills, route."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from metaclaw_hooks.types import BASE_VERSION, Agent, Kind, Mode
+
+from metaclaw_plugin.gateway import sessions
+from metaclaw_plugin.gateway.current import Plan
+from metaclaw_plugin.gateway.dialects import Message
+from metaclaw_plugin.gateway.routing import InFlight, Route, RoutedTurn, Ticket, pick_route, upstream_model
+from metaclaw_plugin.gateway.sessions import RequestEvidence
+from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.skills.injection import Injection, plan_injection
+from metaclaw_plugin.skills.retrieval import Retriever
+from metaclaw_plugin.skills.skill_file import Skill
+from metaclaw_plugin.store.agents import get_record
+
+RECORD_HEADER = "x-metaclaw-record"
+_NO = frozenset({"0", "no", "false", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as far as planning goes."""
+
+    agent: str
+    evidence: RequestEvidence
+    messages: Sequence[Message]
+    chosen: Sequence[Skill] | None  # skills that a plugin chose; None: the built-in retrieval chooses
+    passed_through: str | None  # the owner's deployment that it goes to; None: the agent's own model
+    at: float  # Unix seconds
+
+
+class Planner:
+    """Decides in the store's thread; remembers nothing but each agent's last route."""
+
+    def __init__(self, settings: Settings, retriever: Retriever, in_flight: InFlight) -> None:
+        self._settings = settings
+        self._retriever = retriever
+        self._in_flight = in_flight
+        self._last_route: dict[str, int] = {}  # for when the store does not answer
+
+    def decide(self, c: sa.Connection, asked: Asked) -> tuple[Plan, Injection | None]:
+        """The plan, and the messages with skills in them; ``None``: they go as they came.
+
+        Raises:
+            UnknownAgentError: if the agent is gone.
+        """
+        record = get_record(c, asked.agent)
+        agent = record.agent(self._settings.mode)
+        if agent.mode is Mode.OFF or not record.record or _is_no(asked.evidence.headers.get(RECORD_HEADER)):
+            route, ticket = self._route(c, asked, _Unkept())
+            return Plan(_new_id(), agent, route, None, ticket), None
+        turn = sessions.resolve(c, agent.name, asked.evidence, asked.at, self._settings)
+        chosen = asked.chosen
+        if chosen is None and turn.new_exchange and turn.kind is Kind.MAIN:
+            chosen = self._retriever.select(agent.name, asked.messages)
+        withheld = self._settings.skills.withheld_share
+        injection = plan_injection(c, agent, turn, asked.messages, chosen or (), withheld_share=withheld)
+        route, ticket = self._route(c, asked, turn)
+        return Plan(_new_id(), agent, route, turn, ticket, injection.skills, injection.generation), injection
+
+    def without_store(self, agent: str, passed_through: str | None) -> Plan:
+        """Where a request goes when the store does not answer; nothing of it is kept."""
+        if passed_through is not None:
+            route = Route(passed_through, BASE_VERSION)
+        else:
+            version = self._last_route.get(agent, BASE_VERSION)
+            route = Route(upstream_model(agent, version), version)
+        return Plan(_new_id(), Agent(agent, self._settings.mode), route, None, None)
+
+    def _route(self, c: sa.Connection, asked: Asked, turn: RoutedTurn) -> tuple[Route, Ticket | None]:
+        if asked.passed_through is not None:
+            return Route(asked.passed_through, BASE_VERSION), None
+        route = pick_route(c, asked.agent, turn)
+        self._last_route[asked.agent] = route.adapter_version
+        return route, self._in_flight.begin(c, asked.agent, route.adapter_version)
+
+
+class _Unkept:
+    """A turn of which nothing is kept: it is routed like any other and pins nothing."""
+
+    session = ""
+    kind = Kind.SIDE
+    new_exchange = True
+    adapter_version = None
+
+
+def _new_id() -> str:
+    return f"tr-{uuid.uuid4().hex}"
+
+
+def _is_no(value: str | None) -> bool:
+    return value is not None and value.strip().lower() in _NO
