@@ -18,10 +18,13 @@ def gateway(config: Config = None, port: Port = None) -> None:
     Agents talk to it at http://127.0.0.1:4000/v1 (OpenAI) or http://127.0.0.1:4000 (Anthropic).
     """
     from metaclaw_plugin.settings import find_config, load_settings
-    from metaclaw_plugin.supervisor.plan import gateway_launch
+    from metaclaw_plugin.supervisor.checks import check_ports
+    from metaclaw_plugin.supervisor.plan import gateway_service
 
     path = find_config(config)
-    gateway_launch(load_settings(path), path, port).replace_this_process()
+    service = gateway_service(load_settings(path), path, port)
+    check_ports([service])  # LiteLLM would take another port in silence
+    service.launch.replace_this_process()
 
 
 @app.command()
@@ -65,7 +68,9 @@ def trainer(
 def vllm(config: Config = None, port: Port = None) -> None:
     """Run vLLM in the foreground with metaclaw.base_model, LoRA on, and adapters loadable at run time."""
     from metaclaw_plugin.settings import find_config, load_settings
-    from metaclaw_plugin.vllm_command import vllm_command
+    from metaclaw_plugin.supervisor.checks import check_ports
+    from metaclaw_plugin.supervisor.plan import vllm_service
 
-    path = find_config(config)
-    vllm_command(load_settings(path), port).replace_this_process()
+    service = vllm_service(load_settings(find_config(config)), port)
+    check_ports([service])  # vLLM would tell of it only after a minute
+    service.launch.replace_this_process()

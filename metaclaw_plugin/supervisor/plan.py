@@ -104,6 +104,49 @@ def require_config(config: Path | None) -> Path:
     return config.absolute()
 
 
+def gateway_service(settings: Settings, config: Path | None, port: int | None = None) -> Service:
+    return Service(
+        "gateway",
+        gateway_launch(settings, config, port),
+        host=settings.gateway.host,
+        port=port or settings.gateway.port,
+        ready_path="/health/liveliness",
+        port_setting="metaclaw.gateway.port",
+    )
+
+
+def trainer_service(settings: Settings, config: Path | None) -> Service:
+    return Service(
+        "trainer",
+        trainer_launch(settings, config),
+        port=trainer_port(settings),
+        ready_path="/v1/health",
+        niceness=TRAINER_NICENESS,
+        port_setting="metaclaw.rl.remote_url",
+    )
+
+
+def vllm_service(settings: Settings, port: int | None = None) -> Service:
+    from metaclaw_plugin.vllm_command import BASE_NAME, vllm_command, vllm_port
+
+    return Service(
+        "vllm",
+        vllm_command(settings, port),
+        host=settings.vllm.host,
+        port=port or vllm_port(settings),
+        ready_path="/health",
+        # The first request is several times slower than the rest; let it not be a user's.
+        warm_up=("/v1/completions", {"model": BASE_NAME, "prompt": "Hello", "max_tokens": 2}),
+        start_timeout=settings.vllm.start_timeout,
+        grace=30.0,
+        port_setting="metaclaw.vllm.url",
+    )
+
+
+def worker_service(settings: Settings, config: Path | None) -> Service:
+    return Service("worker", worker_launch(settings, config), ready_line="the worker runs")
+
+
 def plan(settings: Settings, config: Path | None) -> list[Service]:
     """What `metaclaw start` runs, in order of starting; it is stopped in the opposite order.
 
@@ -112,45 +155,6 @@ def plan(settings: Settings, config: Path | None) -> list[Service]:
     """
     services = []
     if trains(settings) and settings.rl.backend == "local":
-        if settings.vllm.managed:
-            services.append(_vllm(settings))
-        services.append(
-            Service(
-                "trainer",
-                trainer_launch(settings, config),
-                port=trainer_port(settings),
-                ready_path="/v1/health",
-                niceness=TRAINER_NICENESS,
-                port_setting="metaclaw.rl.remote_url",
-            )
-        )
-    gateway = settings.gateway
-    services.append(
-        Service(
-            "gateway",
-            gateway_launch(settings, config),
-            host=gateway.host,
-            port=gateway.port,
-            ready_path="/health/liveliness",
-            port_setting="metaclaw.gateway.port",
-        )
-    )
-    services.append(Service("worker", worker_launch(settings, config), ready_line="the worker runs"))
-    return services
-
-
-def _vllm(settings: Settings) -> Service:
-    from metaclaw_plugin.vllm_command import BASE_NAME, vllm_command, vllm_port
-
-    return Service(
-        "vllm",
-        vllm_command(settings),
-        host=settings.vllm.host,
-        port=vllm_port(settings),
-        ready_path="/health",
-        # The first request is several times slower than the rest; let it not be a user's.
-        warm_up=("/v1/completions", {"model": BASE_NAME, "prompt": "Hello", "max_tokens": 2}),
-        start_timeout=settings.vllm.start_timeout,
-        grace=30.0,
-        port_setting="metaclaw.vllm.url",
-    )
+        services += [vllm_service(settings)] if settings.vllm.managed else []
+        services.append(trainer_service(settings, config))
+    return [*services, gateway_service(settings, config), worker_service(settings, config)]
