@@ -12,6 +12,7 @@ from litellm.proxy._types import LitellmUserRoles, ProxyException, UserAPIKeyAut
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import MetaclawError
+from metaclaw_plugin.gateway.dialects import dialect_of
 from metaclaw_plugin.gateway.identity import CLAIM, internal_key
 from metaclaw_plugin.gateway.keys import KeyCache
 from metaclaw_plugin.gateway.process import this_process
@@ -22,23 +23,26 @@ logger = logging.getLogger(__name__)
 _caches: dict[int, KeyCache] = {}
 
 
-async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:  # noqa: ARG001 - LiteLLM's signature
+async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:
     """Who calls.
 
     Raises:
         ProxyException: 401 for a missing, unknown or revoked key; 503 if the store does not answer.
     """
     if not api_key:
-        raise _refusal("no API key given: send it as 'Authorization: Bearer KEY'")
+        raise _refusal(request, "no API key given: send it as 'Authorization: Bearer KEY'")
     try:
-        return await _authenticate(api_key)
+        found = await _authenticate(api_key)
     except (SQLAlchemyError, MetaclawError) as error:
         logger.error("keys cannot be checked: %s", type(error).__name__)
         message = "the gateway cannot check keys just now; try again"
         raise ProxyException(message=message, type="server_error", param=None, code=503) from error
+    if found is None:
+        raise _refusal(request, "this API key is unknown or revoked; `metaclaw agents add NAME` makes one")
+    return found
 
 
-async def _authenticate(api_key: str) -> UserAPIKeyAuth:
+async def _authenticate(api_key: str) -> UserAPIKeyAuth | None:
     cache = _cache()
     identity = cache.peek(api_key)
     if identity is None:
@@ -53,7 +57,7 @@ async def _authenticate(api_key: str) -> UserAPIKeyAuth:
     master = _master_key()
     if master is not None and secrets.compare_digest(digest, hash_key(master)):
         return UserAPIKeyAuth(api_key=digest, user_role=LitellmUserRoles.PROXY_ADMIN)
-    raise _refusal("this API key is unknown or revoked; `metaclaw agents add NAME` makes one")
+    return None
 
 
 def _cache() -> KeyCache:
@@ -68,7 +72,7 @@ def _master_key() -> str | None:
     return key if isinstance(key, str) and key else None
 
 
-def _refusal(message: str) -> ProxyException:
-    return ProxyException(
-        message=message, type="invalid_request_error", param=None, code=401, openai_code="invalid_api_key"
-    )
+def _refusal(request: Request, message: str) -> ProxyException:
+    """401 with the type that the caller's dialect has for it."""
+    kind = "authentication_error" if dialect_of(request.url.path) == "messages" else "invalid_request_error"
+    return ProxyException(message=message, type=kind, param=None, code=401, openai_code="invalid_api_key")
