@@ -6,7 +6,6 @@ import random
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -16,9 +15,8 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
 from metaclaw_plugin.gateway.routing import InFlight, end_exchange, pick_route
-from metaclaw_plugin.store import adapters as store
+from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store import draining
-from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import in_flight, sessions
 
 
@@ -31,8 +29,9 @@ class Turn:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}")
+def engine(store: Engine) -> Engine:
+    """SQLite and PostgreSQL in turn."""
+    return store
 
 
 def body(number: int, agent: str = "ada", parent: int = 0) -> VersionBody:
@@ -53,9 +52,9 @@ def body(number: int, agent: str = "ada", parent: int = 0) -> VersionBody:
 
 
 def serve(c: sa.Connection, number: int, agent: str = "ada") -> None:
-    store.record_candidate(c, body(number, agent))
-    store.set_state(c, agent, number, VersionState.SERVING)
-    store.set_route(c, agent, number)
+    versions.record_candidate(c, body(number, agent))
+    versions.set_state(c, agent, number, VersionState.SERVING)
+    versions.set_route(c, agent, number)
 
 
 def add_session(c: sa.Connection, name: str = "s1", agent: str = "ada") -> None:
@@ -104,7 +103,7 @@ def test_a_pinned_version_that_is_gone_is_left_visibly(engine: Engine) -> None:
         add_session(c)
         serve(c, 1)
         serve(c, 2)
-        store.set_state(c, "ada", 1, VersionState.RETIRED)
+        versions.set_state(c, "ada", 1, VersionState.RETIRED)
         route = pick_route(c, "ada", Turn(new_exchange=False, adapter_version=1))
         assert (route.adapter_version, route.left) == (2, 1)
 
@@ -114,11 +113,11 @@ def test_a_routed_version_that_is_gone_falls_to_the_newest_that_serves_then_to_t
         add_session(c)
         for number in (1, 2, 3):
             serve(c, number)
-        store.set_state(c, "ada", 3, VersionState.REJECTED)
+        versions.set_state(c, "ada", 3, VersionState.REJECTED)
         route = pick_route(c, "ada", Turn())
         assert (route.adapter_version, route.left) == (2, 3)
         for number in (1, 2):
-            store.set_state(c, "ada", number, VersionState.RETIRED)
+            versions.set_state(c, "ada", number, VersionState.RETIRED)
         assert pick_route(c, "ada", Turn()).adapter_version == 0
 
 
@@ -144,16 +143,16 @@ def test_side_requests_take_the_route_and_pin_nothing(engine: Engine) -> None:
 
 def test_only_a_serving_version_takes_the_route_and_only_legal_moves_are_made(engine: Engine) -> None:
     with engine.begin() as c:
-        assert store.record_candidate(c, body(1))
-        assert not store.record_candidate(c, body(1))
+        assert versions.record_candidate(c, body(1))
+        assert not versions.record_candidate(c, body(1))
         with pytest.raises(VersionStateError, match="only a serving version"):
-            store.set_route(c, "ada", 1)
+            versions.set_route(c, "ada", 1)
         with pytest.raises(UnknownVersionError, match="no adapter version 9"):
-            store.set_state(c, "ada", 9, VersionState.SERVING)
-        store.set_state(c, "ada", 1, VersionState.REJECTED, {"sentence": "worse"})
+            versions.set_state(c, "ada", 9, VersionState.SERVING)
+        versions.set_state(c, "ada", 1, VersionState.REJECTED, {"sentence": "worse"})
         with pytest.raises(VersionStateError, match="cannot become serving"):
-            store.set_state(c, "ada", 1, VersionState.SERVING)
-        assert store.get_version(c, "ada", 1).decision == {"sentence": "worse"}
+            versions.set_state(c, "ada", 1, VersionState.SERVING)
+        assert versions.get_version(c, "ada", 1).decision == {"sentence": "worse"}
 
 
 def test_the_served_set_holds_serving_versions_and_only_candidates_in_question(engine: Engine) -> None:
@@ -161,9 +160,9 @@ def test_the_served_set_holds_serving_versions_and_only_candidates_in_question(e
         serve(c, 1)
         serve(c, 2)
         for number in (3, 4, 5):
-            store.record_candidate(c, body(number))
-        store.update_version(c, "ada", 3, wish=store.WISH_SERVE)
-        assert store.served_set(c) == ["ada@v1", "ada@v2", "ada@v3", "ada@v5"]
+            versions.record_candidate(c, body(number))
+        versions.update_version(c, "ada", 3, wish=versions.WISH_SERVE)
+        assert versions.served_set(c) == ["ada@v1", "ada@v2", "ada@v3", "ada@v5"]
 
 
 def test_a_version_is_retired_only_when_off_route_idle_and_unpinned(engine: Engine) -> None:
@@ -189,7 +188,7 @@ def test_a_version_is_retired_only_when_off_route_idle_and_unpinned(engine: Engi
         end_exchange(c, "s1")
     assert retire()
     with engine.begin() as c:
-        assert store.get_version(c, "ada", 1).version.state is VersionState.RETIRED
+        assert versions.get_version(c, "ada", 1).version.state is VersionState.RETIRED
 
 
 def test_what_a_dead_process_had_in_flight_holds_nothing(engine: Engine) -> None:
