@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_trainer.errors import StoreError
-from metaclaw_trainer.schema import metadata
+from metaclaw_trainer.upgrade import upgrade
 
 BUSY_TIMEOUT_MS = 10_000
 _SET_UP_LOCK = 0x6D637472  # advisory lock of whoever creates the tables
@@ -77,7 +77,7 @@ def open_store(url: str) -> Store:
         with store.write() as connection:
             if store.is_postgresql:  # two processes that start at once must not both create
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
-            metadata.create_all(connection, checkfirst=True)
+            upgrade(connection)
     except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
         raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
     return store
