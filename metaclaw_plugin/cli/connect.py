@@ -26,6 +26,9 @@ DRY_KEY = "mc-made-when-it-is-run"
 @app.command()
 def openclaw(
     agent: Annotated[list[str] | None, typer.Option("--agent", help="Only this agent of OpenClaw; repeatable.")] = None,
+    extension: Annotated[
+        bool, typer.Option("--extension", help="Also load our OpenClaw extension, which tells of sessions' ends.")
+    ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take our entries out and put back what was there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
     print_it: Annotated[bool, typer.Option("--print", help="Print the whole resulting configuration.")] = False,
@@ -37,8 +40,8 @@ def openclaw(
 ) -> None:
     """Edit OpenClaw's configuration so that its agents talk to the gateway, each with a key of its own.
 
-    Only provider entries named metaclaw-AGENT and the agents' primary model are set; a backup lies beside the file.
-    Running it again changes nothing.
+    Only provider entries named metaclaw-AGENT and the agents' primary model are set (with --extension, our plugin too);
+    a backup lies beside the file. Running it again changes nothing.
     """
     from metaclaw_plugin.clients import openclaw as claw
     from metaclaw_plugin.settings import find_config, load_settings
@@ -50,7 +53,7 @@ def openclaw(
         _undo(settings, path, current, dry_run)
         return
     connections = _connections(settings, current, agent or claw.agents_in(current), context_window, dry_run)
-    new, changes = claw.connect(current, connections)
+    new, changes = claw.connect(current, connections, extension)
     if print_it:
         typer.echo(json.dumps(new, indent=2))
     if not changes:

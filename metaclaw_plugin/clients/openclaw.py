@@ -19,6 +19,8 @@ from typing import Any
 from metaclaw_plugin.errors import ConfigError
 
 MAIN = "main"  # the agent that OpenClaw has when its configuration lists none
+EXTENSION = Path(__file__).resolve().parent.parent / "openclaw_extension"
+EXTENSION_ID = "metaclaw"
 SMALLEST_CONTEXT = 24_000  # tokens: OpenClaw's own prompt alone is about 19,000
 
 
@@ -106,8 +108,12 @@ def key_in(config: Mapping[str, Any], agent: str) -> str | None:
     return key if isinstance(key, str) else None
 
 
-def connect(config: Mapping[str, Any], connections: Sequence[Connection]) -> tuple[dict[str, Any], list[Change]]:
+def connect(
+    config: Mapping[str, Any], connections: Sequence[Connection], extension: bool = False
+) -> tuple[dict[str, Any], list[Change]]:
     """The configuration with our entries, and what differs; the same input again differs in nothing.
+
+    ``extension``: load ours too, which tells the gateway of sessions, turns and ends of sessions.
 
     Raises:
         ConfigError: if an agent is not in the configuration.
@@ -126,7 +132,20 @@ def connect(config: Mapping[str, Any], connections: Sequence[Connection]) -> tup
         # Once this is set, it is the list of models that may be used at all.
         if isinstance(_get(new, ("agents", "defaults", "models")), dict):
             _set(new, ("agents", "defaults", "models", connection.model), {}, changes)
+    if extension:
+        _add_extension(new, changes)
     return new, changes
+
+
+def _add_extension(config: dict[str, Any], changes: list[Change]) -> None:
+    for path, ours in ((("plugins", "load", "paths"), str(EXTENSION)), (("plugins", "allow"), EXTENSION_ID)):
+        listed = _get(config, path)
+        if path[-1] == "allow" and not isinstance(listed, list):
+            continue  # without that list everything is allowed
+        if ours not in (listed or []):
+            _set(config, path, [*(listed or []), ours], changes)
+    entry = _get(config, ("plugins", "entries", EXTENSION_ID)) or {}
+    _set(config, ("plugins", "entries", EXTENSION_ID), {**entry, "enabled": True}, changes)
 
 
 def disconnect(config: Mapping[str, Any], changes: Sequence[Change]) -> tuple[dict[str, Any], list[str]]:

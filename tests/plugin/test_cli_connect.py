@@ -13,7 +13,17 @@ import pytest
 from typer.testing import CliRunner
 
 from metaclaw_plugin.cli.connect import app
-from metaclaw_plugin.clients.openclaw import Connection, agents_in, connect, default_file, disconnect, read_file
+from metaclaw_plugin.clients.openclaw import (
+    EXTENSION,
+    EXTENSION_ID,
+    Connection,
+    agents_in,
+    connect,
+    default_file,
+    disconnect,
+    provider_name,
+    read_file,
+)
 from metaclaw_plugin.clients.snippets import SNIPPETS, Target
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.store.agents import agents_of_key, list_agents
@@ -83,6 +93,34 @@ def test_what_somebody_changed_since_is_left_alone_and_told() -> None:
     assert back["agents"]["list"][0]["model"] == "openai/other"
     assert "metaclaw-alpha" not in back["models"]["providers"]
     assert notes == ["agents.list.#alpha.model was changed by somebody else since and is left as it is"]
+
+
+@pytest.mark.parametrize(
+    "plugins", [None, {"load": {"paths": ["/other"]}, "allow": ["other"], "entries": {"other": {"enabled": True}}}]
+)
+def test_the_extension_is_loaded_beside_others_and_taken_out_again(plugins: dict[str, Any] | None) -> None:
+    config = {**BARE, **({"plugins": plugins} if plugins else {})}
+    new, changes = connect(config, [connection()], extension=True)
+    assert new["plugins"]["load"]["paths"][-1] == str(EXTENSION)
+    assert new["plugins"]["entries"]["metaclaw"] == {"enabled": True}
+    if plugins:
+        assert new["plugins"]["load"]["paths"][0] == "/other"
+        assert new["plugins"]["allow"] == ["other", "metaclaw"]
+    assert connect(new, [connection()], extension=True)[1] == []
+    assert disconnect(new, changes) == (config, [])
+
+
+def test_the_extension_is_whole_and_posts_to_a_route_that_the_gateway_has() -> None:
+    manifest = json.loads((EXTENSION / "openclaw.plugin.json").read_text())
+    package = json.loads((EXTENSION / "package.json").read_text())
+    assert manifest["id"] == EXTENSION_ID
+    (entry,) = package["openclaw"]["extensions"]
+    code = (EXTENSION / entry).read_text()
+    assert f'const PREFIX = "{provider_name("")}"' in code
+    routes = (Path(__file__).resolve().parents[2] / "metaclaw_plugin" / "gateway" / "routes.py").read_text()
+    assert 'prefix="/metaclaw/v1"' in routes
+    assert '"/sessions/{session}/end"' in routes
+    assert "/metaclaw/v1/sessions/${encodeURIComponent(event.sessionId)}/end" in code
 
 
 def test_undo_finds_its_entries_after_openclaw_moved_its_list() -> None:
