@@ -85,7 +85,7 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
             "alpha": 32,
             "dtype": "float32",
             "batch_size": BATCH_SIZE,
-            "learning_rate": 7e-4,
+            "learning_rate": 1e-3,
             "normalisation": "sequence",
             "kl_coefficient": 0.1,
         },

@@ -21,6 +21,8 @@ from metaclaw_plugin.skills.skill_file import Skill
 
 # Chosen on the development half of benchmarks/skills_queries.yaml.
 K1, B = 0.8, 0.75
+# A library of a few skills says nothing about how rare a word is: it is taken for a sample of one of this many.
+LEAST_DOCUMENTS = 40
 NAME_WEIGHT, DESCRIPTION_WEIGHT, BODY_WEIGHT = 3.0, 3.0, 0.35
 
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
@@ -102,7 +104,8 @@ class LexicalIndex:
         document_P = np.repeat(np.arange(self._size, dtype=np.int32), sizes)  # noqa: N806
         length_D = np.bincount(document_P, weights=count_P, minlength=self._size)  # noqa: N806
         frequency_V = np.bincount(term_P, minlength=len(vocabulary))  # noqa: N806
-        self._idf_V = np.log1p((self._size - frequency_V + 0.5) / (frequency_V + 0.5))
+        self._population = max(self._size, LEAST_DOCUMENTS)
+        self._idf_V = np.log1p((self._population - frequency_V + 0.5) / (frequency_V + 0.5))
         mean = float(length_D.mean()) if self._size else 1.0
         norm_D = K1 * (1 - B + B * length_D / max(mean, 1e-9))  # noqa: N806
         weight_P = self._idf_V[term_P] * count_P / (count_P + norm_D[document_P])  # noqa: N806
@@ -113,7 +116,7 @@ class LexicalIndex:
     @property
     def rarest(self) -> float:
         """The idf of a term that no document has: the largest there is."""
-        return float(np.log1p((self._size + 0.5) / 0.5))
+        return float(np.log1p((self._population + 0.5) / 0.5))
 
     def idf(self, term: str) -> float:
         number = self._vocabulary.get(term)

@@ -49,6 +49,16 @@ def test_words_are_stemmed_and_talk_is_dropped() -> None:
     assert terms("don't I'm it's") == []
 
 
+def test_the_only_skill_of_a_library_is_found_when_it_fits(tmp_path: Path) -> None:
+    write_atomic(
+        tmp_path / "alpha" / "one-tip" / FILE_NAME, render_skill("one-tip", "Give one useful tip.", "Be brief.")
+    )
+    retriever = Retriever(Library(tmp_path), SkillSettings())
+    ask = [{"role": "user", "content": "Give me one tip about salt."}]
+    assert [skill.name for skill in retriever.select("alpha", ask)] == ["one-tip"]
+    assert retriever.select("alpha", [{"role": "user", "content": "What is the capital of France?"}]) == ()
+
+
 def test_the_right_skill_is_selected_and_nothing_for_a_question_that_needs_none(tmp_path: Path) -> None:
     retriever = Retriever(fill(tmp_path), SkillSettings())
     chosen = retriever.select("alpha", [{"role": "user", "content": "write the commit message for this change"}])

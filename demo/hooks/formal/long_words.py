@@ -8,4 +8,4 @@ def score_trace(trace):
     if len(words) < 3:
         return -1.0
     mean = sum(map(len, words)) / len(words)
-    return max(-1.0, min(1.0, mean - 4.7))
+    return max(-1.0, min(1.0, (mean - 4.7) / 0.8))
