@@ -171,8 +171,14 @@ def set_state(
         raise VersionStateError(f"{version_name(agent, number)} is {now}, and cannot become {state} from there")
     values: dict[str, Any] = {"state": state.value}
     if decision is not None:
-        values |= {"decision": dict(decision), "decided_at": time.time()}
+        values |= {"decision": dict(decision), "decided_at": decision_time(c, agent)}
     update_version(c, agent, number, **values)
+
+
+def decision_time(c: sa.Connection, agent: str) -> float:
+    """Now, but after every earlier decision about the agent even if the clock was set back: rollback goes by this."""
+    newest = c.scalar(sa.select(sa.func.max(adapters.c.decided_at)).where(adapters.c.agent == agent))
+    return max(time.time(), (newest or 0.0) + 1e-3)
 
 
 def update_version(c: sa.Connection, agent: str, number: int, **values: Any) -> None:

@@ -212,7 +212,7 @@ class Publisher:
                 decision = judge_canary(c, route, self._gate.settings_of(c, route.agent), time.time())
                 if decision is None or route.canary is None:
                     continue
-                stored = {"decision": decision.stored(), "decided_at": time.time()}
+                stored = {"decision": decision.stored(), "decided_at": store.decision_time(c, route.agent)}
                 if decision.accepted:
                     store.set_route(c, route.agent, route.canary)
                     store.update_version(c, route.agent, route.canary, **stored)

@@ -351,6 +351,17 @@ async def test_rollback_brings_back_the_version_before_and_trains_on_from_it(ctx
     assert (states(ctx)[1], ctx.trainer.held, ctx.trainer.heads[-1]) == ("rejected", [], ("ada", 0))
 
 
+async def test_rollback_finds_the_version_before_though_the_clock_was_set_back(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = await published(ctx, 1, 2)
+    monkeypatch.setattr("metaclaw_plugin.store.adapters.time.time", lambda: 1000.0)
+    ctx.trainer.make(3)
+    await publisher.round()
+    with ctx.engine.begin() as c:
+        assert rollback(c, "ada").startswith("ada@v2 ")
+
+
 async def test_rollback_to_a_version_that_still_drains_takes_effect_at_once(ctx: Context) -> None:
     publisher, flights = await published(ctx, 1), InFlight(ctx.engine)
     with ctx.engine.begin() as c:
