@@ -14,52 +14,30 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
-import yaml
-from metaclaw_hooks.types import AdapterVersion, Mode
+from metaclaw_hooks.types import AdapterVersion
 from metaclaw_trainer.store import open_store as open_trainer_store
 from metaclaw_trainer.versions import StoredVersions
 
+from benchmarks.publish_stage import Stage, memory, running, set_stage
 from benchmarks.telltale import Telltale, TelltaleMaker
-from demo.models import ROOT, model_path
-from demo.stage import free_ports
-from metaclaw_plugin.store.agents import add_agent, new_key
-from metaclaw_plugin.store.engine import open_store
+from demo.models import model_path
 
 VERSION_HEADER = "x-metaclaw-adapter"
 REPLY_TOKENS = 24
 QUIET_SECONDS = 30.0
 BARE_LOADS = 20
 PUBLISH_TIMEOUT = 60.0
-PARTS = {"vllm": "vllm", "VLLM": "vllm", "litellm": "gateway", "metaclaw_trainer": "trainer", "worker": "worker"}
-
-
-@dataclass
-class Stage:
-    """One home with its processes' addresses."""
-
-    home: Path
-    config: Path
-    gateway: str
-    vllm: str
-    keys: dict[str, str]
-
-    @property
-    def trainer_home(self) -> Path:
-        return self.home / "trainer"
 
 
 @dataclass
@@ -71,56 +49,6 @@ class Tally:
     wrong: list[str] = field(default_factory=list)  # a word that the named version does not speak
     gaps: list[float] = field(default_factory=list)  # seconds between two chunks of one reply
     first: list[float] = field(default_factory=list)  # seconds to a reply's first word
-
-
-def set_stage(folder: Path, model: Path, agents: int) -> Stage:
-    """Write the configuration, and add the agents with a key each."""
-    gateway, trainer, vllm = free_ports(3)
-    home = folder / "home"
-    config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
-    config["metaclaw"] = {
-        "home": str(home),
-        "mode": "rl",
-        "base_model": str(model),
-        "gateway": {"port": gateway},
-        "publish": {"policy": "always"},
-        "skills": {"starter": False},
-        "vllm": {"url": f"http://127.0.0.1:{vllm}", "dtype": "float32", "max_model_len": 1024, "cpu_cores": "0-1"},
-        "rl": {"remote_url": f"http://127.0.0.1:{trainer}"},
-        "trainer": {"dtype": "float32"},
-    }
-    for deployment in config["model_list"]:
-        if deployment["model_name"] == "metaclaw/*":
-            deployment["litellm_params"]["api_base"] = f"http://127.0.0.1:{vllm}/v1"
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    engine = open_store(f"sqlite:///{home / 'metaclaw.db'}")
-    keys = {}
-    with engine.begin() as c:
-        for number in range(agents):
-            name = f"agent-{number}"
-            add_agent(c, name, Mode.SKILLS_ONLY)  # nothing is trained: the versions come from here
-            keys[name] = new_key(c, [name]).secret
-    engine.dispose()
-    return Stage(home, path, f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{vllm}", keys)
-
-
-@contextmanager
-def running(stage: Stage) -> Iterator[None]:
-    """``metaclaw start`` until the block ends."""
-    command = [sys.executable, "-m", "metaclaw_plugin.cli.main", "start", "--config", str(stage.config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("Ready"):
-                break
-        else:
-            raise SystemExit(f"metaclaw start ended with {process.wait()}; its logs are in {stage.home / 'logs'}")
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
 
 
 class Streams:
@@ -236,21 +164,6 @@ class Publishing:
             if time.perf_counter() - started > PUBLISH_TIMEOUT:
                 raise SystemExit(f"{name} did not answer within {PUBLISH_TIMEOUT:.0f} s")
         self.seconds.append(streams.seen[name] - started)
-
-
-def memory(stage: Stage) -> dict[str, float]:
-    """Resident MiB of our processes, by a word of their command lines, and of the two stores on disk."""
-    found: dict[str, float] = {}
-    for child in psutil.Process().children(recursive=True):
-        try:
-            line, size = " ".join(child.cmdline()), child.memory_info().rss / 2**20
-        except psutil.Error:
-            continue
-        if part := next((part for word, part in PARTS.items() if word in line), None):
-            found[part] = found.get(part, 0.0) + size
-    for part, path in (("store", stage.home / "metaclaw.db"), ("queue", stage.trainer_home / "queue.db")):
-        found[part] = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 2**20
-    return found
 
 
 @asynccontextmanager
