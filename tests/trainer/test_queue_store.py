@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_sending_a_sample_twice_queues_it_once(rooms: Rooms) -> None:
         (Sample("x", "alpha", "s", (1, 1000), (SampleTurn("t", 1, (-1.0,), 0.0),), 0, 0), "outside the vocabulary"),
         (Sample("x", "alpha", "s", (1,) * 65, (SampleTurn("t", 1, (-1.0,), 0.0),), 0, 0), "max_sample_tokens"),
         (sample("x", version=3), "this trainer made 0"),
+        (sample("x", version=2**70), "this trainer made 0"),
+        (replace(sample("x"), skill_generation=2**70), "no database keeps"),
+        (replace(sample("x"), session="a\x00b"), "no database keeps"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason(rooms: Rooms, given: Sample, words: str) -> None:
@@ -148,8 +152,9 @@ def test_a_step_that_began_before_the_head_was_put_back_is_not_committed(rooms: 
 
 
 def test_the_head_goes_only_to_versions_that_are_there(rooms: Rooms) -> None:
-    with pytest.raises(UnknownVersionError, match="no version 4"):
-        rooms.versions.put_head("alpha", 4)
+    for number in (4, 2**70):
+        with pytest.raises(UnknownVersionError, match=f"no version {number}"):
+            rooms.versions.put_head("alpha", number)
 
 
 def test_a_failed_step_is_shown_and_tried_again_later(rooms: Rooms) -> None:
@@ -193,7 +198,7 @@ def test_recalled_traces_leave_the_queue_and_name_what_learned_from_them(rooms: 
     rooms.queue.put([sample(f"s{i}") for i in range(5)])
     rooms.versions.commit(version(1), [s.id for s in rooms.queue.claim("alpha", 2)], 0)
     rooms.versions.commit(version(2, 1), [s.id for s in rooms.queue.claim("alpha", 1)], 0)
-    removed, trained = rooms.queue.recall(["trace-s0", "trace-s4", "trace-unknown"])
+    removed, trained = rooms.queue.recall(["trace-s0", "trace-s4", "trace-unknown", "x" * 999, "a\x00b"])
     assert removed == ["s4"]
     assert trained == ["alpha@v1", "alpha@v2"], "version 2 was trained from version 1"
     assert [s.id for s in rooms.queue.claim("alpha", 9)] == ["s3"]

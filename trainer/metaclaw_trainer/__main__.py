@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from metaclaw_hooks.errors import HooksError
+
 from metaclaw_trainer.auth import KeyRing, refuse_open_bind
 from metaclaw_trainer.errors import ModelLoadError, SettingsError, TrainerError
 from metaclaw_trainer.settings import TrainerSettings, load_settings
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from metaclaw_trainer.process import serve  # torch is imported here, after the cheap checks
 
         return serve(settings, listener)
-    except TrainerError as error:
+    except (TrainerError, HooksError) as error:
         print(f"metaclaw trainer: {error}", file=sys.stderr)  # noqa: T201 - the one line for whoever started it
         return 1
     except KeyboardInterrupt:

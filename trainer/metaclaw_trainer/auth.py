@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from metaclaw_hooks.names import slug
+
 from metaclaw_trainer.errors import KeyFileError
 
 KEY_PREFIX = "mct-"
@@ -76,7 +78,12 @@ class KeyRing:
         return bool(self.entries())
 
     def add(self, name: str) -> tuple[Key, str]:
-        """Make a key; the second value is the secret, which is kept nowhere."""
+        """Make a key; the second value is the secret, which is kept nowhere.
+
+        Raises:
+            InvalidNameError: if ``name`` is no slug.
+        """
+        slug(name, "key")
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
         key = Key(secrets.token_hex(4), name, _digest(secret), time.time())
         with self._lock:

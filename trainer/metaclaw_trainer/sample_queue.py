@@ -19,6 +19,8 @@ from metaclaw_trainer.schema import agents, recalled_traces, sample_traces, samp
 from metaclaw_trainer.store import Store
 
 SPENT: dict[str, object] = {"token_ids": None, "logprobs": None, "hint": None}  # what is not kept once it is settled
+MAX_INT = 2**31 - 1  # of an Integer column
+MAX_ID = 200  # characters of a trace id
 RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0)  # after the first, second ... failure in a row
 
 
@@ -80,6 +82,8 @@ class StoredQueue:
     def _refusal(self, c: sa.Connection, sample: Sample, recalled: set[str]) -> str | None:
         if len(sample.token_ids) > self.limits.max_tokens:
             return f"{len(sample.token_ids)} tokens; setting max_sample_tokens allows {self.limits.max_tokens}"
+        if sample.skill_generation > MAX_INT or any("\x00" in text for text in _texts(sample)):
+            return "a number or a text in it is one that no database keeps"
         outside = max(sample.token_ids)
         if outside >= self.limits.vocabulary:
             return f"token id {outside} is outside the vocabulary of {self.limits.vocabulary}: another base model?"
@@ -114,7 +118,7 @@ class StoredQueue:
         """
         now = time.time()
         with self._store.write() as c:
-            wanted = set(trace_ids)
+            wanted = {name for name in trace_ids if len(name) <= MAX_ID and "\x00" not in name}
             new = wanted - _which(c, recalled_traces.c.trace_id, wanted)
             if new:
                 c.execute(recalled_traces.insert(), [{"trace_id": t, "at": now} for t in sorted(new)])
@@ -238,6 +242,10 @@ def _note_failure(c: sa.Connection, agent: str, reason: str) -> None:
         .where(agents.c.name == agent)
         .values(failures=failures, last_error=reason[:400], retry_at=time.time() + pause)
     )
+
+
+def _texts(sample: Sample) -> list[str]:
+    return [sample.id, sample.session, sample.hint or "", *(turn.trace_id for turn in sample.turns)]
 
 
 def _count(c: sa.Connection, agent: str, state: str) -> int:

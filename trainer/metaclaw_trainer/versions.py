@@ -20,7 +20,7 @@ from metaclaw_hooks.wire import VersionBody
 from metaclaw_trainer.agents import ensure_agent, raise_generation
 from metaclaw_trainer.errors import ConflictError, UnknownVersionError
 from metaclaw_trainer.ports import Head
-from metaclaw_trainer.sample_queue import SPENT, free_if_done
+from metaclaw_trainer.sample_queue import MAX_INT, SPENT, free_if_done
 from metaclaw_trainer.schema import agents, counters, samples, served, versions
 from metaclaw_trainer.store import Store
 
@@ -125,7 +125,7 @@ class StoredVersions:
         with self._store.write() as c:
             if number:
                 query = sa.select(versions.c.removed_at).where(versions.c.agent == agent, versions.c.number == number)
-                found = c.execute(query.with_for_update()).first()
+                found = c.execute(query.with_for_update()).first() if number <= MAX_INT else None
                 if found is None:
                     raise UnknownVersionError(f"{agent} has no version {number}; see GET /v1/versions")
                 if found.removed_at is not None:
