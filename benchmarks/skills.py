@@ -26,12 +26,12 @@ from metaclaw_plugin.skills.embedding import load_embedder
 from metaclaw_plugin.skills.install import STARTER, install_starter
 from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.query import Query
-from metaclaw_plugin.skills.retrieval import Retriever
+from metaclaw_plugin.skills.retrieval import Retriever, Scored, relevant
 from metaclaw_plugin.skills.skill_file import FILE_NAME, SHARED, parse_skill, render_skill, write_atomic
 
 QUERIES = Path(__file__).with_name("skills_queries.yaml")
-Ranked = list[tuple[str, float]]  # names and relevances, best first
-Ranker = Callable[[str], Ranked]
+Ranker = Callable[[str], list[Scored]]  # best first
+MOST = 3  # skills injected
 
 # The ancestor's way: words of a category in the text choose the category, and its skills come in file order.
 KEYWORDS = {
@@ -73,32 +73,30 @@ def cases() -> tuple[list[Case], list[Case]]:
 
 
 def keyword_ranker(root: Path) -> Ranker:
-    by_category: dict[str, list[str]] = {}
+    by_category: dict[str, list[Scored]] = {}
     for folder in sorted((root / SHARED).iterdir()):
         skill = parse_skill((folder / FILE_NAME).read_bytes(), folder.name, SHARED)
-        by_category.setdefault(skill.category or "general", []).append(skill.name)
+        by_category.setdefault(skill.category or "general", []).append(Scored(skill, 1.0))
 
-    def rank(text: str) -> Ranked:
+    def rank(text: str) -> list[Scored]:
         words = text.lower()
         hits = {name: sum(word in words for word in keys.split()) for name, keys in KEYWORDS.items()}
         best = max(hits, key=lambda name: hits[name])
-        chosen = by_category["common-mistakes"] if not hits[best] else by_category[best]
-        return [(name, 1.0) for name in chosen]
+        return by_category["common-mistakes" if not hits[best] else best]
 
     return rank
 
 
 def retriever_ranker(library: Library, settings: SkillSettings) -> Ranker:
-    embedder = load_embedder(settings) if settings.retrieval != "lexical" else None
-    retriever = Retriever(library, settings, embedder)
+    retriever = Retriever(library, settings, load_embedder(settings))
     retriever.embed_new()
-    return lambda text: [(item.skill.name, item.relevance) for item in retriever.rank("bench", Query(text))]
+    return lambda text: retriever.rank("bench", Query(text))
 
 
 def score(rank: Ranker, threshold: float, rows: Sequence[Case]) -> dict[str, float]:
     found = wrong = none = some = injected = right = total = 0
     for case in rows:
-        names = [name for name, relevance in rank(case.text)[:3] if relevance >= threshold]
+        names = [item.skill.name for item in relevant(rank(case.text), threshold)[:MOST]]
         total += len(names)
         if case.wanted:
             some += 1
@@ -119,7 +117,7 @@ def score(rank: Ranker, threshold: float, rows: Sequence[Case]) -> dict[str, flo
 def tune(rank: Ranker, rows: Sequence[Case]) -> float:
     """The threshold with the best recall minus wrong injections on ``rows``."""
     seen = {case.text: rank(case.text) for case in rows}
-    grid = sorted({round(relevance, 3) for ranked in seen.values() for _, relevance in ranked[:3]})
+    grid = sorted({round(item.relevance, 3) for ranked in seen.values() for item in ranked[:3]})
 
     def gain(threshold: float) -> float:
         figures = score(lambda text: seen[text], threshold, rows)

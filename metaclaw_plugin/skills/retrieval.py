@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CONTEXT_WEIGHT = 0.25  # of a term that only the conversation before has
 LENGTH_SHARE = 0.3  # how far a long query lowers the lexical relevance: 0 not at all, 1 in proportion
 SEMANTIC_SHARE = 0.7  # of the embeddings in the fused relevance
+SHARE_OF_BEST = 0.6  # a skill less relevant than this share of the best one is not injected beside it
 THRESHOLDS = {"lexical": 0.30, "embeddings": 0.21, "fused": 0.21}  # where benchmarks/skills.py found them best
 EMBED_BATCH = 32  # texts
 
@@ -63,8 +64,7 @@ class Retriever:
     def select(self, agent: str, messages: Sequence[Mapping[str, Any]]) -> tuple[Skill, ...]:
         """The skills to inject for the newest human message, best first."""
         ranked = self.rank(agent, build_query(messages))
-        relevant = [item for item in ranked if item.relevance >= self.threshold]
-        return within_budget(relevant, self._settings.max_skills, self._settings.max_tokens)
+        return within_budget(relevant(ranked, self.threshold), self._settings.max_skills, self._settings.max_tokens)
 
     @property
     def threshold(self) -> float:
@@ -164,6 +164,12 @@ def _key(skill: Skill) -> tuple[str, str]:
 
 def _embedded(skill: Skill) -> str:
     return f"{skill.name.replace('-', ' ')}. {skill.description} {skill.triggers}".strip()
+
+
+def relevant(ranked: Sequence[Scored], threshold: float) -> list[Scored]:
+    """Those of ``ranked``, best first, that reach the threshold and stand up to the best one."""
+    best = ranked[0].relevance if ranked else 0.0
+    return [item for item in ranked if item.relevance >= max(threshold, SHARE_OF_BEST * best)]
 
 
 def within_budget(ranked: Sequence[Scored], most: int, tokens: int) -> tuple[Skill, ...]:

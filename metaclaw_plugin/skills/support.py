@@ -55,7 +55,7 @@ def reserve_support(
         if len(reserved) == room:
             break
         share = settings.support_share if agent.mode in _TRAINS else 1.0
-        if not _is_kept(row.session, share):
+        if not is_kept(row.session, share):
             continue
         wanted = _built_on(c, row.session, row.turn)
         with c.begin_nested() as savepoint:
@@ -157,7 +157,8 @@ def _built_on(c: Connection, session: str, turn: int) -> Collection[str] | None:
     return [row.id for row in rows if row.turn <= turn and row.purpose != Purpose.SUPPORT]
 
 
-def _is_kept(session: str, share: float) -> bool:
+def is_kept(session: str, share: float) -> bool:
+    """Whether the failures of ``session`` are for the evolver, if ``share`` of all are; the same whoever asks."""
     digest = hashlib.sha256(f"support\0{session}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

@@ -7,8 +7,12 @@ import logging
 import secrets
 import time
 
+import httpx
 from metaclaw_hooks.types import Agent, Mode
+from sqlalchemy.engine import Engine
 
+from metaclaw_plugin.errors import ConfigError, SkillError
+from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.editing import SkillFolder
 from metaclaw_plugin.skills.edits import Change
 from metaclaw_plugin.skills.evolution import Evolution, apply_changes
@@ -16,7 +20,7 @@ from metaclaw_plugin.skills.ledger import LedgerEntry, refresh_ledger
 from metaclaw_plugin.skills.opening import open_library
 from metaclaw_plugin.skills.support import RoundRecord, failures, is_due, reserve_support
 from metaclaw_plugin.store import leases
-from metaclaw_plugin.store.agents import list_agents
+from metaclaw_plugin.store.agents import get_agent, list_agents
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.worker.context import WorkerContext
 
@@ -127,3 +131,28 @@ class SkillKeeper:
 
 def _lease(agent: Agent) -> str:
     return f"evolve:{agent.name}"
+
+
+async def evolve_now(settings: Settings, engine: Engine, http: httpx.AsyncClient, name: str) -> RoundRecord | None:
+    """Ask the evolver about agent ``name`` at once, whatever the triggers say; ``None``: there is no failure to show.
+
+    Raises:
+        ConfigError: if no model is configured for it.
+        UnknownAgentError: if there is no such agent.
+        SkillError: if a worker is asking about this agent at this moment.
+    """
+    evolution = settings.skills.evolution
+    if evolution.model is None:
+        raise ConfigError("no model writes skills yet; set metaclaw.skills.evolution.model")
+    owner = leases.this_worker()
+    now = time.time()
+    with engine.begin() as c:
+        agent = get_agent(c, name, settings.mode)
+        if not leases.acquire(c, _lease(agent), owner, now, evolution.timeout + _GRACE):
+            raise SkillError(f"a worker is evolving skills of {name} just now; try again in a minute")
+        reserve_support(c, agent, evolution, now)
+    try:
+        return await Evolution(settings, engine, http, open_library(settings)).evolve(agent)
+    finally:
+        with engine.begin() as c:
+            leases.release(c, _lease(agent), owner)

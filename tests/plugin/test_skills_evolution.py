@@ -131,7 +131,7 @@ def test_law_8_a_failure_and_all_it_builds_on_is_support_and_never_forwarded(tmp
         with ctx.engine.begin() as c:
             forwardable = mergeable(c, "alpha", time.time(), 0, 100)
             assert {turn.trace_id for turn in forwardable} == {"tr-2", "tr-3"}
-            assert mark_merged(c, forwardable[:1], "sample")
+            assert mark_merged(c, {"sample": forwardable[:1]})
 
 
 @pytest.mark.law(8)
@@ -142,7 +142,7 @@ def test_law_8_a_session_of_which_anything_is_forwarded_is_never_shown(tmp_path:
         scored(ctx, tr_0=0.9, tr_1=-0.5)
         with ctx.engine.begin() as c:
             first = [turn for turn in mergeable(c, "alpha", time.time(), 0, 100) if turn.trace_id == "tr-0"]
-            assert mark_merged(c, first, "sample")
+            assert mark_merged(c, {"sample": first})
         assert once(ctx) == 0
         assert purposes(ctx) == {"tr-0": "query", "tr-1": "unsettled"}
         assert evolver.asked == []
