@@ -56,6 +56,11 @@ class Recording:
             self.over = True
             self.finished_at = time.time()
 
+    def forget(self) -> None:
+        """Let go of what was said; it has been taken over."""
+        self.request_body = b""
+        self.reply = Reply()
+
 
 class TapTransport(httpx.AsyncBaseTransport):
     """Records what passes to and from ``inner`` for requests sent in a context that has a recording."""

@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
+
+from metaclaw_hooks.types import BASE_VERSION
 
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.visible import VisibleAnswer
-from metaclaw_plugin.gateway.current import CurrentRequest
-from metaclaw_plugin.gateway.dialects import error_body, in_dialect
+from metaclaw_plugin.gateway.current import CurrentRequest, Plan
+from metaclaw_plugin.gateway.dialects import as_chat_request, error_body, in_dialect
 from metaclaw_plugin.gateway.request import Gateway
+from metaclaw_plugin.gateway.routing import Route
 
 Message = MutableMapping[str, Any]
 
@@ -67,20 +71,26 @@ class Answer:
         if self._current.dialect == "messages" and message["status"] >= 400 and b"content-encoding" not in headers:
             self._held_start = message
             return
-        plan = self._current.plan
-        if plan is not None:
-            added = [(ADAPTER_HEADER, f"{plan.agent.name}@v{plan.route.adapter_version}".encode())]
-            added = added if plan.on_own_model else []
-            if plan.turn is not None and message["status"] < 300:
-                added.append((TRACE_HEADER, plan.trace_id.encode()))
-                self._watch(headers)
-            message["headers"] = [*message.get("headers", ()), *added]
+        answered = message["status"] < 300
+        if answered and self._current.plan is not None and self._current.plan.turn is not None:
+            self._watch(self._current.plan, headers)
+        added = []
+        if (plan := self._current.plan) is not None and plan.on_own_model:
+            added.append((ADAPTER_HEADER, f"{plan.agent.name}@v{plan.route.adapter_version}".encode()))
+        if plan is not None and plan.turn is not None and answered:
+            added.append((TRACE_HEADER, plan.trace_id.encode()))
+        message["headers"] = [*message.get("headers", ()), *added]
         await self._send(message)
 
-    def _watch(self, headers: dict[bytes, bytes]) -> None:
-        """Read along what goes to the client, where no tap could be put behind the upstream."""
-        if self._current.recording is not None:
+    def _watch(self, plan: Plan, headers: dict[bytes, bytes]) -> None:
+        """Read along what goes to the client, where the answer did not come through the tap."""
+        recording = self._current.recording
+        if recording is not None and recording.status is not None and recording.status < 300:
             return
+        self._current.recording = None
+        if plan.on_own_model:  # a fallback of the owner's, or LiteLLM's cache, answered instead
+            name = headers.get(b"x-litellm-model-name", b"unknown").decode("latin-1")
+            self._current.plan = replace(plan, route=Route(name, BASE_VERSION))
         streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
         self._visible = VisibleAnswer(self._current.dialect, streams)
         if headers.get(b"content-encoding") == b"gzip":
@@ -121,7 +131,7 @@ def _recording(current: CurrentRequest, visible: VisibleAnswer) -> Recording:
     return Recording(
         keep_logprobs=True,
         keep_token_ids=True,
-        request_body=current.text_request,
+        request_body=as_chat_request(current.dialect, current.data),
         status=200,
         reply=visible.reply,
         complete=visible.complete and not visible.reply.garbled,

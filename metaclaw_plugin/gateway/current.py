@@ -10,6 +10,7 @@ import re
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from metaclaw_hooks.types import Agent, SkillRef
 
@@ -57,7 +58,7 @@ class CurrentRequest:
     response_id: str | None = None  # as the client sees it
     committed: bool = False
     upstream_key: str | None = field(default=None, repr=False)  # the caller's own, for the owner's deployments
-    text_request: bytes = b""  # chat request that stands for this one, where no tap sees the real one
+    data: dict[str, Any] = field(default_factory=dict, repr=False)  # LiteLLM's request, as it was prepared
 
     def sniff(self, body: bytes) -> None:
         """Take the response's id from the first bytes that the client gets."""

@@ -59,6 +59,7 @@ class Keeper:
         turn, complete = plan.turn, recording.complete
         origin = _origin(current.dialect, plan, turn)
         traces = traces_of(origin, recording, current.response_id, self._settings.capture)
+        recording.forget()  # LiteLLM's background tasks hold on to this request's context for a while
         if not traces:
             return None
         answers = [trace.response for trace in traces]

@@ -21,7 +21,7 @@ from metaclaw_plugin.capture.transport import RECORDING, Recording
 from metaclaw_plugin.capture.writer import TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
-from metaclaw_plugin.gateway.dialects import Message, as_chat_request, chat_messages, put_messages
+from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
 from metaclaw_plugin.gateway.identity import KeyFacts, choose_agent, identify
 from metaclaw_plugin.gateway.keeping import Keeper, in_background
 from metaclaw_plugin.gateway.metrics import Metrics
@@ -99,9 +99,8 @@ class Gateway:
         current.plan = plan
         if injection is not None:
             put_messages(current.dialect, data, messages, injection.messages)
-        if listed:
-            current.text_request = as_chat_request(current.dialect, data)
-        else:
+        current.data = data
+        if not listed:
             data["model"] = f"{UPSTREAM}/{agent}"  # what LiteLLM names in headers and errors; vLLM's name comes later
 
     def attempt(self, current: CurrentRequest, call: dict[str, Any]) -> dict[str, Any]:

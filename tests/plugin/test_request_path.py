@@ -1,0 +1,178 @@
+"""The way of one request, without LiteLLM: what is decided before the call, and what happens when the store is away."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from metaclaw_hooks.types import Mode
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.capture.transport import RECORDING
+from metaclaw_plugin.errors import ForbiddenAgentError, UnknownAgentError
+from metaclaw_plugin.gateway.current import CurrentRequest
+from metaclaw_plugin.gateway.identity import CLAIM, KeyFacts
+from metaclaw_plugin.gateway.limits import too_many
+from metaclaw_plugin.gateway.request import Gateway
+from metaclaw_plugin.gateway.runtime import create_gateway
+from metaclaw_plugin.settings import Settings, parse_settings
+from metaclaw_plugin.store.agents import add_agent, set_mode, set_record
+from metaclaw_plugin.store.engine import open_store
+
+KEY = KeyFacts(ours=True, metadata={CLAIM: {"key": "k", "agents": ["alpha", "beta"]}})
+INTERNAL = KeyFacts(ours=True, metadata={CLAIM: {"internal": True}})
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    gateway = {"commit_timeout": 0.2, "max_messages": 3, "max_tools": 2}
+    return parse_settings({"home": str(tmp_path), "gateway": gateway, "skills": {"starter": False}}, "test")
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    engine = open_store(settings.store_url)
+    with engine.begin() as c:
+        add_agent(c, "alpha")
+        add_agent(c, "beta", Mode.SKILLS_ONLY)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def gateway(settings: Settings, engine: Engine) -> Iterator[Gateway]:
+    gateway = create_gateway(settings, engine)
+    yield gateway
+    assert gateway.close(10)
+
+
+def request(**headers: str) -> tuple[CurrentRequest, dict[str, Any]]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return CurrentRequest("chat", named), {"model": "openclaw", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def test_a_request_gets_its_agents_model_a_session_and_a_ticket(gateway: Gateway) -> None:
+    current, data = request()
+    await gateway.prepare(current, KEY, data, listed=False)
+    plan = current.plan
+    assert plan is not None
+    assert plan.turn is not None
+    assert data["model"] == "metaclaw/alpha"
+    assert (plan.upstream_name, plan.route.adapter_version, plan.turn.turn) == ("metaclaw-base", 0, 0)
+    assert plan.ticket is not None
+    gateway.close_request(current)
+    assert plan.ticket.ended
+
+
+async def test_a_header_chooses_among_the_keys_agents_alone(gateway: Gateway) -> None:
+    current, data = request(x_agent_id="beta")
+    await gateway.prepare(current, KEY, data, listed=False)
+    assert data["model"] == "metaclaw/beta"
+    with pytest.raises(ForbiddenAgentError):
+        await gateway.prepare(*_with_key(request(x_agent_id="gamma")), listed=False)
+
+
+def _with_key(asked: tuple[CurrentRequest, dict[str, Any]]) -> tuple[CurrentRequest, KeyFacts, dict[str, Any]]:
+    return asked[0], KEY, asked[1]
+
+
+async def test_an_agent_that_is_gone_is_told(gateway: Gateway) -> None:
+    current, data = request()
+    with pytest.raises(UnknownAgentError):
+        await gateway.prepare(current, KeyFacts(True, {CLAIM: {"agents": ["gone"]}}), data, listed=False)
+
+
+async def test_our_own_calls_are_neither_routed_nor_kept(gateway: Gateway) -> None:
+    current, data = request()
+    await gateway.prepare(current, INTERNAL, data, listed=False)
+    assert current.plan is None
+    assert data["model"] == "openclaw"
+    assert gateway.attempt(current, {"model": "m"}) == {"model": "m"}
+
+
+async def test_a_listed_deployment_is_passed_through_and_kept(gateway: Gateway) -> None:
+    current, data = request()
+    await gateway.prepare(current, KEY, data | {"model": "cloud"}, listed=True)
+    assert current.plan is not None
+    assert (current.plan.on_own_model, current.plan.upstream_name) == (False, "cloud")
+    assert current.plan.ticket is None
+
+
+@pytest.mark.parametrize("how", ["header", "agent", "mode"])
+async def test_what_is_not_to_be_kept_is_routed_and_nothing_more(gateway: Gateway, engine: Engine, how: str) -> None:
+    with engine.begin() as c:
+        if how == "agent":
+            set_record(c, "alpha", False)
+        elif how == "mode":
+            set_mode(c, "alpha", Mode.OFF)
+    current, data = request(**({"x_metaclaw_record": "No"} if how == "header" else {}))
+    await gateway.prepare(current, KEY, data, listed=False)
+    assert current.plan is not None
+    assert current.plan.turn is None
+    call = gateway.attempt(current, {"model": "hosted_vllm/alpha"})
+    assert call == {"model": "hosted_vllm/alpha"}
+    recording = RECORDING.get()
+    assert recording is not None
+    assert (recording.kept, recording.model, current.recording) == (False, "metaclaw-base", None)
+    with engine.connect() as c:
+        assert c.exec_driver_sql("SELECT count(*) FROM sessions").scalar() == 0
+
+
+@pytest.mark.parametrize(
+    ("agent", "asked", "added"),
+    [
+        ("alpha", {}, {"temperature": 1.0, "top_p": 1.0, "logprobs": True}),
+        ("alpha", {"temperature": 0.0, "top_p": 0.5}, {"logprobs": True}),
+        ("beta", {}, {"logprobs": True}),
+        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3}, {}),
+        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3, "logprobs": True}, {}),
+    ],
+)
+async def test_an_attempt_asks_for_what_capture_needs_and_for_defaults(
+    gateway: Gateway, agent: str, asked: dict[str, Any], added: dict[str, Any]
+) -> None:
+    current, data = request(x_agent_id=agent)
+    await gateway.prepare(current, KEY, data, listed=False)
+    assert gateway.attempt(current, {"model": "m", **asked}) == {
+        "model": "m",
+        **asked,
+        **added,
+        "return_token_ids": True,
+    }
+
+
+@pytest.mark.law(5)
+async def test_when_the_store_does_not_answer_the_request_goes_out_and_is_counted(
+    gateway: Gateway, settings: Settings
+) -> None:
+    lock = sqlite3.connect(settings.home / "metaclaw.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    try:
+        current, data = request()
+        await gateway.prepare(current, KEY, data, listed=False)
+    finally:
+        lock.execute("ROLLBACK")
+        lock.close()
+    assert current.plan is not None
+    assert (current.plan.turn, current.plan.upstream_name, data["model"]) == (None, "metaclaw-base", "metaclaw/alpha")
+    assert b'name="requests_unrecorded"' in gateway.metrics.render()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"messages": [{}] * 4}, "4 messages"),
+        ({"input": [{}] * 4}, "4 input"),
+        ({"tools": [{}] * 3}, "3 tools"),
+    ],
+)
+def test_limits_say_what_there_is_too_much_of(settings: Settings, data: dict[str, Any], said: str) -> None:
+    assert said in (too_many(data, settings.gateway) or "")
+
+
+@pytest.mark.parametrize("data", [{}, {"messages": [{}] * 3, "tools": [{}] * 2, "input": "x" * 1000}, {"messages": 7}])
+def test_what_is_within_limits_passes(settings: Settings, data: dict[str, Any]) -> None:
+    assert too_many(data, settings.gateway) is None
