@@ -39,8 +39,8 @@ _TAKEN = (
 )
 _TOUCH = (
     sa.update(schema.sessions)
-    .where(_S.id == sa.bindparam("session"), _S.last_at < sa.bindparam("now"))
-    .values(last_at=sa.bindparam("now"))
+    .where(_S.id == sa.bindparam("session"), _OPEN)
+    .values(last_at=sa.case((_S.last_at < sa.bindparam("now"), sa.bindparam("now")), else_=_S.last_at))
 )
 
 
@@ -185,12 +185,13 @@ def take_turn(c: Connection, session: str, now: float, anchor: str | None, in_to
 
 
 def add_states(c: Connection, agent: str, session: str, hashes: Sequence[str], now: float) -> None:
-    """The session paused at ``hashes``: one for each choice that was given."""
+    """The session paused at ``hashes``: one for each choice that was given. One that is closed goes on nowhere."""
+    if not c.execute(_TOUCH, {"session": session, "now": now}).rowcount:
+        return
     c.execute(_PASS_TIP, {"of": session})
     for digest in dict.fromkeys(hashes):
         row = {"agent": agent, "hash": digest, "session": session, "tip": True, "at": now}
         put(c, schema.chain, row, ("tip", "at"))
-    c.execute(_TOUCH, {"session": session, "now": now})
 
 
 def close_session(c: Connection, session: str, reason: str, now: float) -> bool:

@@ -342,6 +342,18 @@ def test_idle_sessions_are_closed_and_closed_ones_not_found_again(store: Engine)
     assert ask(store, user("a"), said("b"), user("c")).session != old.session
 
 
+def test_answer_that_comes_after_its_session_was_closed_leaves_no_chain(store: Engine) -> None:
+    from metaclaw_plugin.store import schema
+
+    turn = ask(store, user("a"))
+    with store.begin() as c:
+        sessions.close_session(c, turn.session, "idle", 5.0)
+    answer(store, turn, said("b"), now=6.0)
+    with store.connect() as c:
+        assert c.execute(schema.chain.select()).all() == []
+        assert load_session(c, turn.session).last_at == 0.0
+
+
 @pytest.mark.law(4)
 def test_law_4_a_session_is_found_by_either_name_among_ones_own(store: Engine) -> None:
     turn = ask(store, user("a"), x_session_id="ann's chat")
