@@ -6,7 +6,7 @@ shown never becomes part of a sample (law 8).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 from metaclaw_plugin.store.codec import decode_ids, decode_logprobs
 from metaclaw_plugin.store.schema import sessions, traces
 
+_PART = 500  # values in one IN
 _OPEN = (Purpose.UNSETTLED.value, Purpose.QUERY.value)
 _COLUMNS = (
     traces.c.seq,
@@ -75,10 +76,13 @@ def agents_with_work(c: Connection) -> list[str]:
     return sorted(c.execute(query).scalars())
 
 
-def mergeable(c: Connection, agent: str, now: float, merge_wait: float, limit: int) -> list[ScoredTurn]:
+def mergeable(
+    c: Connection, agent: str, now: float, merge_wait: float, limit: int, held: Callable[[str], bool] | None = None
+) -> list[ScoredTurn]:
     """Scored, trainable traces of ``agent`` whose session is closed, or has been quiet for ``merge_wait`` seconds.
 
-    A session that is never quiet is taken all the same once its oldest trace has waited for ten times as long.
+    A session that is never quiet is taken all the same once its oldest trace has waited for ten times as long. One for
+    which ``held(session)`` is true waits until it is closed and scored to its end.
     """
     t, other = traces.c, traces.alias("other").c
     mine = (other.agent == agent, other.forward == "waiting", other.score == "scored", other.session == t.session)
@@ -87,19 +91,32 @@ def mergeable(c: Connection, agent: str, now: float, merge_wait: float, limit: i
     closed = sa.exists().where(sessions.c.id == t.session, sessions.c.closed_at.is_not(None))
     due = sa.or_(closed.correlate(traces), ~waits.correlate(traces), overdue.correlate(traces))
     query = sa.select(*_COLUMNS).where(_waiting(agent), *([due] if merge_wait > 0 else []))
+    if held is not None:
+        unscored = sa.exists().where(other.session == t.session, other.kind == "main", other.score == "waiting")
+        unfinished = sa.or_(~closed.correlate(traces), unscored.correlate(traces))
+        found = c.execute(sa.select(t.session).where(_waiting(agent), unfinished).distinct()).scalars()
+        query = query.where(t.session.not_in([session for session in found if held(session)]))
     return [_turn(row) for row in c.execute(query.order_by(t.seq).limit(limit))]
 
 
-def mark_merged(c: Connection, run: Sequence[ScoredTurn], sample_id: str) -> bool:
-    """Settle the run's traces as query and as one sample; false, and nothing changed, if one was taken meanwhile."""
+def mark_merged(c: Connection, samples: Mapping[str, Sequence[ScoredTurn]]) -> list[str]:
+    """Settle the turns of each sample, by its id, as query and as merged into it; returns the ids of the samples.
+
+    One of which a trace was taken meanwhile is left out, and its other traces stay as they are.
+    """
     t = traces.c
-    taken = sa.update(traces).where(t.seq.in_([turn.seq for turn in run]), t.forward == "waiting", t.purpose.in_(_OPEN))
-    with c.begin_nested() as savepoint:
-        values = {"forward": "merged", "purpose": Purpose.QUERY.value, "sample_id": sample_id}
-        whole = c.execute(taken.values(**values)).rowcount == len(run)
-        if not whole:
-            savepoint.rollback()
-    return whole
+    free: set[int] = set()
+    wanted = [turn.seq for run in samples.values() for turn in run]
+    for start in range(0, len(wanted), _PART):
+        part = wanted[start : start + _PART]
+        still = sa.select(t.seq).where(t.seq.in_(part), t.forward == "waiting", t.purpose.in_(_OPEN))
+        free.update(c.execute(still.with_for_update()).scalars())
+    whole = {name: run for name, run in samples.items() if all(turn.seq in free for turn in run)}
+    if whole:
+        settle = sa.update(traces).where(t.seq == sa.bindparam("of_seq"))
+        settle = settle.values(forward="merged", purpose=Purpose.QUERY.value, sample_id=sa.bindparam("of_sample"))
+        c.execute(settle, [{"of_seq": turn.seq, "of_sample": name} for name, run in whole.items() for turn in run])
+    return list(whole)
 
 
 def merged(c: Connection, agent: str, limit: int) -> list[list[ScoredTurn]]:

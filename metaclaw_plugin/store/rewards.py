@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from metaclaw_hooks.rewards.feedback import SOURCE as FEEDBACK
@@ -34,6 +35,7 @@ class Outcome:
 
     seq: int
     trace_id: str
+    agent: str
     rewards: tuple[Reward, ...]  # of the plugins; feedback is stored by itself
     combined: float | None  # None: no opinion, so it stays unscored
     hint: str | None
@@ -42,50 +44,75 @@ class Outcome:
     feedback: float | None  # the explicit feedback that was taken into account
 
 
-def record_outcome(c: Connection, outcome: Outcome, owner: str, now: float) -> bool:
-    """Store an outcome and end the lease; false, and nothing is stored, when ``owner`` lost it meanwhile.
+def record_outcomes(c: Connection, outcomes: Sequence[Outcome], owner: str, now: float) -> list[Outcome]:
+    """Store outcomes and end their leases; returns those that were stored.
 
-    Feedback that came in since also gives the trace back: it is then scored again, with it.
+    Nothing is stored of a trace whose lease ``owner`` lost meanwhile. Nor of one on which feedback came in since: that
+    is given back, to be scored again with it.
     """
-    t = traces.c
-    mine = sa.and_(t.seq == outcome.seq, t.lease_owner == owner, t.score == "waiting")
-    heard = sa.select(rewards.c.value).where(rewards.c.trace_id == outcome.trace_id, rewards.c.source == FEEDBACK)
-    if c.execute(heard).scalar_one_or_none() != outcome.feedback:
-        c.execute(sa.update(traces).where(mine).values(lease_owner=None, lease_until=None))
-        return False
-    values: dict[str, object] = {
+    t, r = traces.c, rewards.c
+    mine = sa.select(t.seq, t.purpose, t.forward, t.forward_reason).where(
+        t.seq.in_([outcome.seq for outcome in outcomes]), t.lease_owner == owner, t.score == "waiting"
+    )
+    held = {row.seq: row for row in c.execute(mine.with_for_update())}
+    said = sa.select(r.trace_id, r.value).where(
+        r.trace_id.in_([outcome.trace_id for outcome in outcomes]), r.source == FEEDBACK
+    )
+    heard = {row.trace_id: row.value for row in c.execute(said)}
+    outdated = [o.seq for o in outcomes if o.seq in held and heard.get(o.trace_id) != o.feedback]
+    stored = [o for o in outcomes if o.seq in held and heard.get(o.trace_id) == o.feedback]
+    if outdated:
+        c.execute(sa.update(traces).where(t.seq.in_(outdated)).values(lease_owner=None, lease_until=None))
+    if not stored:
+        return []
+    columns = ("score", "reward", "hint", "purpose", "forward", "forward_reason")
+    update = sa.update(traces).where(t.seq == sa.bindparam("of_seq"))
+    update = update.values(scored_at=now, lease_owner=None, lease_until=None, **{n: sa.bindparam(n) for n in columns})
+    c.execute(update, [{"of_seq": outcome.seq, **_settled(outcome, held[outcome.seq])} for outcome in stored])
+    ids = [outcome.trace_id for outcome in stored]
+    c.execute(sa.delete(rewards).where(r.trace_id.in_(ids), r.source != FEEDBACK))
+    _put(c, [(outcome.trace_id, reward) for outcome in stored for reward in outcome.rewards], now)
+    return stored
+
+
+def _settled(outcome: Outcome, row: Any) -> dict[str, Any]:
+    """The worker's columns of a trace after it was scored."""
+    reason = "held out for replays" if outcome.held_out else outcome.unusable
+    skip = reason is not None and row.forward == "waiting"
+    unsettled = row.purpose == Purpose.UNSETTLED.value
+    return {
         "score": "unscored" if outcome.combined is None else "scored",
         "reward": outcome.combined,
-        "scored_at": now,
         "hint": outcome.hint,
-        "lease_owner": None,
-        "lease_until": None,
+        "purpose": Purpose.HELD_OUT.value if outcome.held_out and unsettled else row.purpose,
+        "forward": "skipped" if skip else row.forward,
+        "forward_reason": (reason or "")[:400] if skip else row.forward_reason,
     }
-    if outcome.held_out:
-        values["purpose"] = sa.case((t.purpose == Purpose.UNSETTLED.value, Purpose.HELD_OUT.value), else_=t.purpose)
-    reason = "held out for replays" if outcome.held_out else outcome.unusable
-    if reason is not None:
-        values["forward"] = sa.case((t.forward == "waiting", "skipped"), else_=t.forward)
-        values["forward_reason"] = reason[:400]
-    if c.execute(sa.update(traces).where(mine).values(**values)).rowcount != 1:
-        return False
-    c.execute(sa.delete(rewards).where(rewards.c.trace_id == outcome.trace_id, rewards.c.source != FEEDBACK))
-    put_rewards(c, outcome.trace_id, outcome.rewards, now)
-    return True
 
 
 def put_rewards(c: Connection, trace_id: str, opinions: Iterable[Reward], now: float) -> None:
     """Store opinions about a trace; a newer one of the same source takes the place of the older."""
-    for reward in opinions:
-        values = {
+    _put(c, [(trace_id, reward) for reward in opinions], now)
+
+
+def _put(c: Connection, opinions: Sequence[tuple[str, Reward]], now: float) -> None:
+    if not opinions:
+        return
+    statement = dialect_insert(c, rewards)
+    fresh = {name: statement.excluded[name] for name in ("value", "confidence", "rationale", "hint", "at")}
+    rows = [
+        {
+            "trace_id": trace_id,
+            "source": reward.source,
             "value": reward.value,
             "confidence": reward.confidence,
             "rationale": reward.rationale,
             "hint": reward.hint,
             "at": now,
         }
-        statement = dialect_insert(c, rewards).values(trace_id=trace_id, source=reward.source, **values)
-        c.execute(statement.on_conflict_do_update(index_elements=["trace_id", "source"], set_=values))
+        for trace_id, reward in opinions
+    ]
+    c.execute(statement.on_conflict_do_update(index_elements=["trace_id", "source"], set_=fresh), rows)
 
 
 def open_feedback(c: Connection, limit: int) -> list[Feedback]:

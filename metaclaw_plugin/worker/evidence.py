@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from metaclaw_hooks.types import Session, Trace
+from metaclaw_hooks.types import Kind, Session, Trace
 from sqlalchemy.engine import Connection, RowMapping
 
 from metaclaw_plugin.errors import StoreError
@@ -40,13 +40,15 @@ class Evidence:
 def load_evidence(c: Connection, of: Sequence[Trace], *, next_traces: bool, whole_sessions: bool) -> Evidence:
     """Read the evidence about the traces ``of``; what no reward looks at (the two flags) is not read.
 
-    Without ``whole_sessions`` a session holds none of its traces."""
+    Without ``whole_sessions`` a session holds none of its traces.
+    """
     ids = {trace.session for trace in of}
+    known = {trace.id: trace for trace in of}
     members: dict[str, list[Trace]] = defaultdict(list)
     if whole_sessions:
         query = sa.select(traces).where(traces.c.session.in_(ids)).order_by(traces.c.turn, traces.c.seq)
         for row in c.execute(query).mappings():
-            if (member := _decode(row)) is not None:
+            if (member := known.get(row["id"]) or _decode(row)) is not None:
                 members[row["session"]].append(member)
     found = {
         row.id: Session(
@@ -54,24 +56,35 @@ def load_evidence(c: Connection, of: Sequence[Trace], *, next_traces: bool, whol
         )
         for row in c.execute(sa.select(sessions).where(sessions.c.id.in_(ids)))
     }
-    following: dict[str, Trace] = {}
-    if next_traces:
-        for trace in of:
-            later = _after(trace, members[trace.session]) if whole_sessions else _read_after(c, trace)
-            if later is not None:
-                following[trace.id] = later
-    return Evidence(found, following)
+    if not next_traces:
+        return Evidence(found, {})
+    if whole_sessions:
+        following = {trace.id: _after(trace, members[trace.session]) for trace in of}
+    else:
+        following = _read_following(c, of)
+    return Evidence(found, {name: trace for name, trace in following.items() if trace is not None})
 
 
 def _after(trace: Trace, members: Sequence[Trace]) -> Trace | None:
     return next((other for other in members if other.turn > trace.turn and other.kind == trace.kind), None)
 
 
-def _read_after(c: Connection, trace: Trace) -> Trace | None:
+def _read_following(c: Connection, of: Sequence[Trace]) -> dict[str, Trace | None]:
+    """The first main trace after each; where to look is asked at once, and what is in the group is not read again."""
     t = traces.c
-    query = sa.select(traces).where(t.session == trace.session, t.turn > trace.turn, t.kind == trace.kind.value)
-    row = c.execute(query.order_by(t.turn, t.seq).limit(1)).mappings().first()
-    return None if row is None else _decode(row)
+    places = sa.select(t.id, t.session, t.turn, t.seq).where(t.session.in_({trace.session for trace in of}))
+    later: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for place in c.execute(places.where(t.kind == Kind.MAIN.value)):
+        later[place.session].append((place.turn, place.seq, place.id))
+    next_id: dict[str, str] = {}
+    for trace in of:
+        if after := [found for found in later[trace.session] if found[0] > trace.turn]:
+            next_id[trace.id] = min(after)[2]
+    known: dict[str, Trace | None] = {trace.id: trace for trace in of}
+    if unread := set(next_id.values()) - set(known):
+        for row in c.execute(sa.select(traces).where(t.id.in_(unread))).mappings():
+            known[row["id"]] = _decode(row)
+    return {name: known.get(following) for name, following in next_id.items()}
 
 
 def _decode(row: RowMapping) -> Trace | None:

@@ -17,6 +17,7 @@ from metaclaw_hooks.types import Mode, Sample
 from metaclaw_hooks.wire import SamplesReply
 
 from metaclaw_plugin.errors import TrainerRefusedError
+from metaclaw_plugin.skills.support import is_kept
 from metaclaw_plugin.store import forwarding as store
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.agents import list_agents
@@ -38,6 +39,9 @@ class Forwarder:
 
     def __init__(self, ctx: WorkerContext) -> None:
         self._ctx = ctx
+        evolution = ctx.settings.skills.evolution
+        # While a session may still fail, what the evolver would then be shown of it must not have been sent.
+        self._held = (lambda session: is_kept(session, evolution.support_share)) if evolution.model else None
 
     async def round(self) -> int:
         """Send all that may be sent now; returns how many samples the trainer took.
@@ -81,7 +85,7 @@ class Forwarder:
         """Settle which traces are which sample; returns how many samples that made."""
         worker = self._ctx.settings.worker
         with self._ctx.engine.connect() as c:
-            turns = store.mergeable(c, agent, time.time(), worker.merge_wait, MERGE_LIMIT)
+            turns = store.mergeable(c, agent, time.time(), worker.merge_wait, MERGE_LIMIT, self._held)
         if not turns:
             return 0
         made = 0
@@ -90,16 +94,16 @@ class Forwarder:
                 newest = next(a.skill_generation for a in list_agents(c) if a.name == agent)
                 if store.set_aside_generations(c, agent, newest):
                     turns = [turn for turn in turns if turn.skill_generation >= newest]
+            samples: dict[str, list[ScoredTurn]] = {}
             for run in merge(turns, worker.max_sample_tokens):
                 try:
-                    sample = make_sample(run)
+                    samples[make_sample(run).id] = run
                 except InvalidSampleError as error:
                     logger.warning("traces of %s make no sample: %s", agent, error)
                     count(c, "samples_invalid", agent)
                     store.mark_unusable(c, [turn.seq for turn in run], str(error))
                     made += 1
-                    continue
-                made += store.mark_merged(c, run, sample.id)
+            made += len(store.mark_merged(c, samples))
         return made
 
     async def _send_merged(self, agent: str) -> int:

@@ -18,11 +18,12 @@ import sqlalchemy as sa
 from metaclaw_hooks.types import Reward, Session, Trace
 
 from metaclaw_plugin.errors import StoreError
+from metaclaw_plugin.skills.support import reserve_support
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.codec import decode_trace
 from metaclaw_plugin.store.counters import count
-from metaclaw_plugin.store.rewards import Outcome, feedback_on, record_outcome
+from metaclaw_plugin.store.rewards import Outcome, feedback_on, record_outcomes
 from metaclaw_plugin.store.schema import traces
 from metaclaw_plugin.worker.combine import best_hint, combine
 from metaclaw_plugin.worker.context import WorkerContext
@@ -107,7 +108,7 @@ class Scorer:
                 found.append((row["seq"], decode_trace(row)))
             except StoreError as error:
                 logger.error("trace %s cannot be scored: %s", row["id"], error)
-                broken.append(Outcome(row["seq"], row["id"], (), None, None, False, str(error), None))
+                broken.append(Outcome(row["seq"], row["id"], row["agent"], (), None, None, False, str(error), None))
         plugins = self._ctx.plugins
         evidence = load_evidence(
             c,
@@ -140,6 +141,7 @@ class Scorer:
         return Outcome(
             seq=item.seq,
             trace_id=trace.id,
+            agent=trace.agent,
             rewards=tuple(inferred),
             combined=combine(opinions, plan.weight) if combined is None else combined,
             hint=best_hint(opinions),
@@ -174,8 +176,16 @@ class Scorer:
 
     def _store(self, outcomes: Sequence[Outcome]) -> int:
         now = time.time()
+        evolution = self._ctx.settings.skills.evolution
         with self._ctx.engine.begin() as c:
-            return sum(record_outcome(c, outcome, self._ctx.owner, now) for outcome in outcomes)
+            stored = record_outcomes(c, outcomes, self._ctx.owner, now)
+            if evolution.model is not None:  # here, so that no failure is forwarded before the evolver had its choice
+                least = evolution.failure_reward
+                failed = {o.agent for o in stored if o.combined is not None and o.combined <= least}
+                for record in list_agents(c) if failed else ():
+                    if record.name in failed:
+                        reserve_support(c, record.agent(self._ctx.settings.mode), evolution, now, now - 1.0)
+        return len(stored)
 
 
 async def _only_reward(asking: Awaitable[list[tuple[str, Reward]]]) -> Reward | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_session, make_trace
+from hook_nouns import make_trace
 from metaclaw_hooks.errors import HookFailedError, InvalidRewardError
 from metaclaw_hooks.rewards.feedback import feedback_reward
 from metaclaw_hooks.rewards.length import LengthReward
@@ -31,7 +31,7 @@ def after(*added: Message, reply: Message = REPLY) -> tuple[Trace, Trace]:
 
 def next_turn(said: str | list[Any], **options: Any) -> Reward | None:
     first, second = after({"role": "user", "content": said})
-    return NextTurnReward(**options).score_trace(first, second, make_session(first, second))
+    return NextTurnReward(**options).score_trace(first, second)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_words_of_the_owners_own_count_as_well() -> None:
 def test_the_next_turn_is_read_past_the_clients_internal_context() -> None:
     internal = {"role": "user", "content": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> no, wrong"}
     first, second = after({"role": "user", "content": "Thanks!"}, internal)
-    reward = NextTurnReward().score_trace(first, second, make_session(first, second))
+    reward = NextTurnReward().score_trace(first, second)
     assert reward is not None
     assert reward.value > 0
 
@@ -108,19 +108,17 @@ def test_the_next_turn_is_read_past_the_clients_internal_context() -> None:
 def test_tool_results_and_other_choices_are_nothing_that_the_user_said() -> None:
     plugin = NextTurnReward()
     first, second = after({"role": "tool", "content": "wrong"})
-    assert plugin.score_trace(first, second, make_session(first, second)) is None
+    assert plugin.score_trace(first, second) is None
     first, second = after({"role": "user", "content": "No, wrong."})
     another = make_trace(messages=(ASK,), response={"role": "assistant", "content": "Something else entirely"})
-    assert plugin.score_trace(another, second, make_session(another, second)) is None
+    assert plugin.score_trace(another, second) is None
 
 
 def test_to_leave_says_something_only_after_a_correction() -> None:
     plugin = NextTurnReward()
-    content = make_trace(messages=(ASK,))
-    assert plugin.score_trace(content, None, make_session(content, closed=True)) is None
+    assert plugin.score_trace(make_trace(messages=(ASK,)), None) is None
     annoyed = make_trace(exchange=1, messages=(ASK, REPLY, {"role": "user", "content": "That's wrong"}))
-    assert plugin.score_trace(annoyed, None, make_session(annoyed)) is None
-    left = plugin.score_trace(annoyed, None, make_session(annoyed, closed=True))
+    left = plugin.score_trace(annoyed, None)
     assert left is not None
     assert left.value < 0
     assert left.confidence <= 0.3

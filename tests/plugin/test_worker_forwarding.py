@@ -183,7 +183,7 @@ async def test_support_that_is_settled_between_look_and_mark_takes_its_sample_al
         with ctx.engine.begin() as c:
             run = store.mergeable(c, "alpha", time.time(), 0, 10)
             store.settle_support(c, ["s1-1"])
-            assert not store.mark_merged(c, run, "s-x")
+            assert store.mark_merged(c, {"s-x": run}) == []
         assert rows(ctx.engine, "purpose", "forward", "sample_id") == [
             ("unsettled", "waiting", None),
             ("support", "skipped", None),
@@ -272,3 +272,35 @@ async def test_what_versions_were_trained_on_is_marked(home: Path) -> None:
             assert store.mark_trained(c, ["s1-0", "gone"]) == 1
             assert store.mark_trained(c, ["s1-0"]) == 0
         assert rows(ctx.engine, "forward") == [("trained",), ("forwarded",)]
+
+
+EVOLVING = {"evolution": {"model": "m", "support_share": 1.0}}
+
+
+@pytest.mark.law(8)
+async def test_a_session_that_may_still_fail_is_not_sent_before_its_end(tmp_path: Path) -> None:
+    write_hook(tmp_path, "r", "def score_trace(trace): return 0.5\n")
+    with worker_context(worker_settings(tmp_path, skills=EVOLVING), answer(accepted)) as ctx:
+        await scored(ctx, *turns(2))
+        assert await Forwarder(ctx).round() == 0
+        with ctx.engine.begin() as c:
+            c.execute(sa.update(schema.sessions).values(closed_at=time.time()))
+            c.execute(sa.update(schema.traces).where(schema.traces.c.id == "s1-1").values(score="waiting"))
+        assert await Forwarder(ctx).round() == 0
+        await Scorer(ctx).round()
+        assert await Forwarder(ctx).round() == 1
+
+
+@pytest.mark.law(8)
+async def test_a_failure_is_kept_for_the_evolver_in_the_moment_that_it_is_scored(tmp_path: Path) -> None:
+    write_hook(tmp_path, "r", "def score_trace(trace): return -1.0 if trace.turn == 1 else 0.5\n")
+    with worker_context(worker_settings(tmp_path, skills=EVOLVING), answer(accepted)) as ctx:
+        await scored(ctx, *turns(3), *turns(1, session="s2"), closed=True)
+        assert rows(ctx.engine, "id", "purpose") == [
+            ("s1-0", "support"),
+            ("s1-1", "support"),
+            ("s1-2", "unsettled"),
+            ("s2-0", "unsettled"),
+        ]
+        await Forwarder(ctx).round()
+        assert rows(ctx.engine, "forward") == [("skipped",), ("skipped",), ("forwarded",), ("forwarded",)]

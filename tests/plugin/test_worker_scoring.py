@@ -14,7 +14,7 @@ from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import leases, schema
 from metaclaw_plugin.store.counters import read_counters
-from metaclaw_plugin.store.rewards import Outcome, put_rewards, record_outcome
+from metaclaw_plugin.store.rewards import Outcome, put_rewards, record_outcomes
 from metaclaw_plugin.worker.combine import best_hint, combine
 from metaclaw_plugin.worker.scoring import Scorer, settle_side_traces, store_hook_counters
 
@@ -122,9 +122,9 @@ async def test_a_dead_workers_trace_is_scored_by_the_next_and_its_late_result_is
         assert await Scorer(ctx).round() == 0
         await asyncio.sleep(0.35)
         assert await Scorer(ctx).round() == 1
-        late = Outcome(seq, "t1", (Reward("late", -1.0),), -1.0, None, False, None, None)
+        late = Outcome(seq, "t1", "alpha", (Reward("late", -1.0),), -1.0, None, False, None, None)
         with ctx.engine.begin() as c:
-            assert not record_outcome(c, late, "elsewhere:1:1", time.time())
+            assert record_outcomes(c, [late], "elsewhere:1:1", time.time()) == []
         assert rows(ctx.engine, "reward") == [(0.5,)]
 
 
@@ -143,8 +143,8 @@ async def test_feedback_that_comes_while_scoring_is_not_overlooked(tmp_path: Pat
         with ctx.engine.begin() as c:
             [seq] = leases.claim_traces(c, ready, ctx.owner, time.time() + 60, 10)
             put_rewards(c, "t1", [Reward("feedback", -1.0)], time.time())
-            unaware = Outcome(seq, "t1", (Reward("r", 0.5),), 0.5, None, False, None, None)
-            assert not record_outcome(c, unaware, ctx.owner, time.time())
+            unaware = Outcome(seq, "t1", "alpha", (Reward("r", 0.5),), 0.5, None, False, None, None)
+            assert record_outcomes(c, [unaware], ctx.owner, time.time()) == []
         assert await Scorer(ctx).round() == 1
         assert rows(ctx.engine, "reward") == [(-1.0,)]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from metaclaw_hooks.hookspecs import hookimpl
 from metaclaw_hooks.rewards.following import HumanText, human_text, said_after
-from metaclaw_hooks.types import Reward, Session, Trace
+from metaclaw_hooks.types import Reward, Trace
 
 SOURCE = "next_turn"
 
@@ -75,10 +75,10 @@ class NextTurnReward:
         self._human = human
 
     @hookimpl
-    def score_trace(self, trace: Trace, next_trace: Trace | None, session: Session) -> Reward | None:
+    def score_trace(self, trace: Trace, next_trace: Trace | None) -> Reward | None:
         said = said_after(trace, next_trace, self._human)
         if said is None:
-            return self._left(trace, session) if next_trace is None else None
+            return self._left(trace) if next_trace is None else None
         asked = self._asked(trace)
         opening = said[:_OPENING].lower()
         if self._correction.search(opening):
@@ -94,11 +94,9 @@ class NextTurnReward:
     def _asked(self, trace: Trace) -> str:
         return next((text for message in reversed(trace.messages) if (text := self._human(message))), "")
 
-    def _left(self, trace: Trace, session: Session) -> Reward | None:
-        """A conversation that ended: a bad sign only if this reply answered a correction."""
-        if session.closed_at is None or trace.exchange == 0:
-            return None
-        if self._correction.search(self._asked(trace)[:_OPENING].lower()):
+    def _left(self, trace: Trace) -> Reward | None:
+        """Nothing came any more, and the wait is over: a bad sign only if this reply answered a correction."""
+        if trace.exchange > 0 and self._correction.search(self._asked(trace)[:_OPENING].lower()):
             return Reward(SOURCE, -0.3, "the user had corrected it, and left without another word", 0.2)
         return None
 
