@@ -41,8 +41,8 @@ class WishReply(BaseModel):
     said: str
 
 
-def add_adapter_routes(router: APIRouter, caller: Any, ask: Ask) -> None:
-    """Add the routes; ``ask`` runs work on the store for the authenticated caller."""
+def add_adapter_routes(router: APIRouter, caller: Any, read: Ask, write: Ask) -> None:
+    """Add the routes; ``read`` and ``write`` run work on the store for the authenticated caller."""
 
     @router.get("/adapters", summary="Adapter versions of the caller's agents")
     async def adapters(
@@ -53,7 +53,7 @@ def add_adapter_routes(router: APIRouter, caller: Any, ask: Ask) -> None:
             names = identity.agents if agent is None else (_own(identity, agent),)
             return AdaptersReply(data=[record.summary() for name in names for record in list_versions(c, name)])
 
-        reply: AdaptersReply = await ask(auth, work)
+        reply: AdaptersReply = await read(auth, work)
         return reply
 
     @router.get("/adapters/{name}", summary="One adapter version")
@@ -61,19 +61,19 @@ def add_adapter_routes(router: APIRouter, caller: Any, ask: Ask) -> None:
         def work(c: Connection, identity: Identity) -> dict[str, Any]:
             return get_version(c, *_own_version(identity, name)).details()
 
-        reply: dict[str, Any] = await ask(auth, work)
+        reply: dict[str, Any] = await read(auth, work)
         return reply
 
     @router.post("/adapters/{name}/promote", summary="Let a version serve")
     async def put_in_place(name: Name, auth: Any = caller) -> WishReply:
-        reply: WishReply = await ask(
+        reply: WishReply = await write(
             auth, lambda c, identity: WishReply(said=promote(c, *_own_version(identity, name)))
         )
         return reply
 
     @router.post("/adapters/rollback", summary="Take back the version that serves")
     async def take_back(body: Rollback, auth: Any = caller) -> WishReply:
-        reply: WishReply = await ask(
+        reply: WishReply = await write(
             auth, lambda c, identity: WishReply(said=rollback(c, _own(identity, body.agent), body.to))
         )
         return reply

@@ -65,13 +65,18 @@ class Identity:
     refused: tuple[str, ...] = ()  # agents that the key names and another owner has
 
 
+def own_identity(key: KeyFacts) -> Identity:
+    """Whom a key that passed our own authentication acts for; nobody, if it is none of ours."""
+    claim = key.metadata.get(CLAIM) if key.ours else None
+    if not isinstance(claim, Mapping):
+        return Identity()
+    return Identity(tuple(claim.get("agents") or ()), internal=claim.get("internal") is True)
+
+
 def identify(c: Connection, key: KeyFacts) -> Identity:
     """The agents that ``key`` acts for. A virtual key claims an agent that nobody has: ``c`` must be a writing one."""
     if key.ours:
-        claim = key.metadata.get(CLAIM)
-        if not isinstance(claim, Mapping):
-            return Identity()
-        return Identity(tuple(claim.get("agents") or ()), internal=claim.get("internal") is True)
+        return own_identity(key)
     named = _named(key)
     if not named or key.owner is None:
         return Identity()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from metaclaw_hooks.plugins import Plugins
@@ -22,7 +22,7 @@ from metaclaw_plugin.capture.writer import TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
-from metaclaw_plugin.gateway.identity import KeyFacts, choose_agent, identify
+from metaclaw_plugin.gateway.identity import KeyFacts, choose_agent, identify, own_identity
 from metaclaw_plugin.gateway.keeping import Keeper, in_background
 from metaclaw_plugin.gateway.metrics import Metrics
 from metaclaw_plugin.gateway.planning import Asked, Planner
@@ -143,7 +143,7 @@ class Gateway:
         self, current: CurrentRequest, key: KeyFacts, data: Mapping[str, Any], listed: bool
     ) -> str | None:
         if key.ours:
-            identity = identify(cast(sa.Connection, None), key)  # such a key says it all itself
+            identity = own_identity(key)
         else:
             identity = await self._in_store(lambda c: identify(c, key))
         agent = choose_agent(identity, current.headers, None if listed else data.get("model"))

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import (
@@ -32,7 +32,7 @@ from metaclaw_plugin.errors import (
 )
 from metaclaw_plugin.gateway.adapter_routes import add_adapter_routes
 from metaclaw_plugin.gateway.dialects import error_body
-from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_models
+from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_identity, own_models
 from metaclaw_plugin.gateway.process import GatewayProcess, this_process
 from metaclaw_plugin.store import overview, schema
 from metaclaw_plugin.store.export import list_summaries, stored_json
@@ -125,17 +125,36 @@ def create_router(authenticate: Callable[..., Any], process: Callable[[], Gatewa
     router = APIRouter(prefix="/metaclaw/v1", tags=["metaclaw"], route_class=_OwnRoute)
     caller = Depends(authenticate)
 
-    async def ask(auth: Any, work: Work[T]) -> T:
+    async def read(auth: Any, work: Work[T]) -> T:
         def run() -> T:
-            with process().engine.begin() as c:
-                return work(c, identify(c, KeyFacts.of(auth)))
+            engine = process().engine
+            identity = _identity(engine, auth)
+            with engine.connect() as c:  # takes no lock: an answer that is being stored need not wait
+                return work(c, identity)
 
         return await asyncio.to_thread(run)
 
-    _add_writing(router, caller, ask)
-    _add_reading(router, caller, ask, process)
-    add_adapter_routes(router, caller, ask)
+    async def write(auth: Any, work: Work[T]) -> T:
+        def run() -> T:
+            engine = process().engine
+            identity = _identity(engine, auth)
+            with engine.begin() as c:
+                return work(c, identity)
+
+        return await asyncio.to_thread(run)
+
+    _add_writing(router, caller, write)
+    _add_reading(router, caller, read, process)
+    add_adapter_routes(router, caller, read, write)
     return router
+
+
+def _identity(engine: Engine, auth: Any) -> Identity:
+    key = KeyFacts.of(auth)
+    if key.ours:
+        return own_identity(key)
+    with engine.begin() as c:
+        return identify(c, key)
 
 
 def _add_writing(router: APIRouter, caller: Any, ask: Ask) -> None:
@@ -233,8 +252,7 @@ _LIST_QUERY = _LIST_FLAGS | {"team_id", "fallback_type", "scope", "client_versio
 
 
 def _models_of(auth: Any) -> list[str]:
-    with this_process().engine.begin() as c:
-        return own_models(identify(c, KeyFacts.of(auth)))
+    return own_models(_identity(this_process().engine, auth))
 
 
 def _save_feedback(c: Connection, identity: Identity, headers: dict[str, str], body: Feedback) -> FeedbackReply:

@@ -135,10 +135,12 @@ def claim_agent(c: Connection, name: str, owner: str) -> bool:
     Raises:
         InvalidNameError: if it is no slug.
     """
-    row: dict[str, Any] = {"name": slug(name), "mode": None, "settings": {}, "owner": owner, "created_at": time.time()}
-    if insert_or_ignore(c, schema.agents, [row]):
-        return True
-    record = get_record(c, name)
+    found = c.execute(_BY_NAME, {"name": slug(name)}).one_or_none()
+    if found is None:
+        row = {"name": name, "mode": None, "settings": {}, "owner": owner, "created_at": time.time()}
+        if insert_or_ignore(c, schema.agents, [row]):
+            return True
+    record = get_record(c, name)  # another process may have been first
     if record.owner is not None or list_keys(c, name):
         return record.owner == owner
     unclaimed = sa.update(schema.agents).where(schema.agents.c.name == name, schema.agents.c.owner.is_(None))
