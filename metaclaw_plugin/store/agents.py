@@ -137,7 +137,7 @@ def claim_agent(c: Connection, name: str, owner: str) -> bool:
     """
     found = c.execute(_BY_NAME, {"name": slug(name)}).one_or_none()
     if found is None:
-        row = {"name": name, "mode": None, "settings": {}, "owner": owner, "created_at": time.time()}
+        row: dict[str, Any] = {"name": name, "mode": None, "settings": {}, "owner": owner, "created_at": time.time()}
         if insert_or_ignore(c, schema.agents, [row]):
             return True
     record = get_record(c, name)  # another process may have been first
