@@ -14,7 +14,7 @@ from demo.prompts import held_out_prompts, training_prompts
 from demo.stage import BATCH_SIZE, Stage
 from demo.talk import Reply, Talker, until
 
-HELD_OUT = 32  # questions
+HELD_OUT = 48  # questions
 WINDOW = 16  # interactions that one point of the curve averages over
 GAIN = 0.5  # what an agent is to gain, on the scale of rewards
 PATIENCE = 240.0  # seconds that a round waits for the version that the round before it made

@@ -16,7 +16,9 @@ def _words(text: str) -> list[str]:
 _FORMS = (
     "In one sentence, what is {}?",
     "Give me one tip about {}.",
-    "In one sentence, why do people care about {}?",
+    "Why do people care about {}? One sentence.",
+    "Describe {} to a child.",
+    "Say a few words about {}.",
 )
 _TOPICS = _words(
     "sleep, bread, a good garden, the moon, money, friendship, a bicycle, rain, music, coffee, a library, walking, "
@@ -31,18 +33,19 @@ _HELD_OUT_FORMS = (
 )
 _HELD_OUT_TOPICS = _words(
     "a dog, cheese, a holiday, the stars, a job, cooking, a tree, a hospital, trust, painting, a phone, snow, "
-    "a village, exercise, a horse, the news"
+    "a village, exercise, a horse, the news, a poem, a neighbour, electricity, a garden gate, summer, the radio, "
+    "a museum, a sandwich"
 )
 
 
 def training_prompts(seed: int) -> list[str]:
-    """All 150 training questions, shuffled."""
+    """All 250 training questions, shuffled."""
     prompts = [form.format(topic) for form, topic in itertools.product(_FORMS, _TOPICS)]
     random.Random(seed).shuffle(prompts)
     return prompts
 
 
 def held_out_prompts(count: int) -> list[str]:
-    """The first ``count`` of 32 held-out questions, the same ones on every run."""
+    """The first ``count`` of 48 held-out questions, the same ones on every run."""
     prompts = [form.format(topic) for topic, form in itertools.product(_HELD_OUT_TOPICS, _HELD_OUT_FORMS)]
     return prompts[:count]

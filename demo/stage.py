@@ -84,8 +84,9 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
             "rank": 16,
             "alpha": 32,
             "dtype": "float32",
+            "torch_threads": 1,  # vLLM has the other core
             "batch_size": BATCH_SIZE,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.2e-3,
             "normalisation": "sequence",
             "kl_coefficient": 0.1,
         },
