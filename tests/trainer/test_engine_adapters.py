@@ -87,7 +87,7 @@ def test_the_optimiser_tracks_the_adapters_parameters_and_nothing_else(engine: E
     count = engine.call(lambda e: e.create("ada"))
 
     def look(e: LoraEngine) -> tuple[int, set[str], set[str]]:
-        tracked = {id(p) for group in e._hot["ada"].optimiser.param_groups for p in group["params"]}
+        tracked = {id(p) for group in e.shelf.hot["ada"].optimiser.param_groups for p in group["params"]}
         named = dict(e.base.model.named_parameters())
         return (
             sum(p.numel() for p in named.values() if id(p) in tracked),
@@ -145,7 +145,7 @@ def test_an_adapter_that_was_paged_out_comes_back_as_it_was_and_trains_on_alike(
 def test_more_adapters_than_fit_are_paged_out_least_recently_used_first(engine: EngineThread) -> None:
     for key in ("a", "b", "c", "d"):
         engine.call(lambda e, key=key: e.create(key))
-    assert engine.call(lambda e: sorted(e._paged)) == ["a"]
+    assert engine.call(lambda e: sorted(e.shelf.paged)) == ["a"]
     assert engine.call(lambda e: e.adapters()) == ["a", "b", "c", "d"]
 
 
@@ -156,7 +156,7 @@ def test_an_adapter_with_an_unused_gradient_is_not_paged_out(engine: EngineThrea
         engine.call(lambda e: e.page_out("ada"))
     for key in ("b", "c", "d"):
         engine.call(lambda e, key=key: e.create(key))
-    assert "ada" not in engine.call(lambda e: sorted(e._paged))
+    assert "ada" not in engine.call(lambda e: sorted(e.shelf.paged))
 
 
 def test_others_come_and_go_between_gradient_and_step(engine: EngineThread) -> None:

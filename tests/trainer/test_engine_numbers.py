@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from engine_parts import random_sample, tiny_settings
-from metaclaw_trainer.adapters import AdapterConfig, AdapterState
+from metaclaw_trainer import forward
+from metaclaw_trainer.adapters import AdapterConfig, AdapterState, OptimiserOptions
 from metaclaw_trainer.batching import Datum, Pull, datum_of, datum_of_lists
 from metaclaw_trainer.engine_thread import EngineThread
+from metaclaw_trainer.errors import OutOfMemoryError
 from metaclaw_trainer.losses import LossOptions, find_loss, token_weights
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -71,7 +73,7 @@ def reference(model: Path, state: AdapterState, datums: Sequence[Datum], loss: s
 
 def gradients_of(engine: EngineThread) -> dict[str, Tensor]:
     return engine.call(
-        lambda e: {n: w.grad.clone() for n, w in zip(e._hot["ada"].names, e._hot["ada"].weights, strict=True)}
+        lambda e: {n: w.grad.clone() for n, w in zip(e.shelf.hot["ada"].names, e.shelf.hot["ada"].weights, strict=True)}
     )
 
 
@@ -97,8 +99,12 @@ def make_engine(tiny_model: Path, tmp_path: Path):
         engine.stop()
 
 
+@pytest.mark.parametrize("added_up", [True, False])
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "cross_entropy"])
-def test_loss_and_gradients_equal_the_reference(make_engine, tiny_model: Path, loss: str) -> None:
+def test_loss_and_gradients_equal_the_reference(
+    make_engine, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, loss: str, added_up: bool
+) -> None:
+    monkeypatch.setattr("metaclaw_trainer.shelf._ADD_UP_FROM", 1 if added_up else 10**9)
     engine = make_engine()
     state = trained_state(engine)
     datums = mixed_datums()
@@ -166,7 +172,7 @@ def test_recomputing_keeps_fewer_activations(make_engine) -> None:
             lambda t: (sizes.append(t.numel() * t.element_size()), t)[1], lambda t: t
         ):
             e.settings = e.settings.model_copy(update={"gradient_checkpointing": recompute})
-            e._activate("ada")
+            e.shelf.activate("ada")
             e._score([long], differentiate=True)
         return sum(size for size in sizes if size < 1_000_000)  # not the head's frozen weights
 
@@ -212,7 +218,7 @@ def test_entropy_and_pull_metrics_are_right(make_engine) -> None:
     assert result.metrics["ratio"] == pytest.approx(float(ratio), rel=1e-5)
 
     def entropy(e) -> float:
-        e._activate("ada")
+        e.shelf.activate("ada")
         with torch.no_grad():
             logits = e.base.model(input_ids=datum.input_ids_L[None]).logits[0][datum.predict_at_N]
         logp = torch.log_softmax(logits.double(), -1)
@@ -244,3 +250,68 @@ def test_peft_reads_the_weights_under_their_own_names(make_engine, tiny_model: P
     outcome = set_peft_model_state_dict(model, dict(state.weights))
     assert not outcome.unexpected_keys
     assert get_peft_model_state_dict(model).keys() == state.weights.keys()
+
+
+def test_the_sum_with_the_base_weights_follows_every_step_and_every_adapter(
+    make_engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datums, found = mixed_datums(), []
+    for smallest in (1, 10**9):
+        monkeypatch.setattr("metaclaw_trainer.shelf._ADD_UP_FROM", smallest)
+        engine = make_engine()
+        trained_state(engine)
+        engine.call(lambda e: e.create("bob", AdapterConfig(2, 4.0, ("q_proj",)), seed=9))
+        for key in ("ada", "bob", "ada"):
+            engine.call(lambda e, key=key: e.forward_backward(key, datums, "ppo", SUM))
+            engine.call(lambda e, key=key: e.optim_step(key, OptimiserOptions(1e-2)))
+        engine.call(lambda e: e.restore("bob", e.state("bob")))
+        found.append(
+            engine.call(lambda e: [*e.logprobs("ada", datums), *e.logprobs("bob", datums), *e.logprobs(None, datums)])
+        )
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(*found, strict=True))
+    assert not torch.allclose(found[0][0], found[0][-4], atol=1e-1)
+
+
+def test_out_of_memory_is_survived_with_smaller_pieces(make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    datums, real, sizes = mixed_datums(), forward.score, []
+
+    def small_device(model: object, group: Sequence[Datum], device: torch.device):
+        sizes.append(len(group))
+        if len(group) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(model, group, device)
+
+    engine = make_engine(micro_batch_tokens=100_000)
+    trained_state(engine)
+    engine.call(lambda e: e.forward_backward("ada", datums, "ppo", SUM))
+    once = {n: g.double() for n, g in gradients_of(engine).items()}
+    monkeypatch.setattr("metaclaw_trainer.lora_engine.score", small_device)
+    engine.call(lambda e: e.forward_backward("ada", datums, "ppo", SUM))  # on top of the gradient that is there
+    assert sizes == [4, 1, 1, 1, 1]
+    assert distance(gradients_of(engine), {n: 2 * g for n, g in once.items()}) < 1e-5
+
+
+def test_out_of_memory_to_the_end_leaves_gradient_and_adapter_as_they_were(
+    make_engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = forward.score
+
+    def tiny_device(model: object, group: Sequence[Datum], device: torch.device):
+        if group[0].length > 20:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"
+            )
+        return real(model, group, device)
+
+    engine = make_engine(micro_batch_tokens=1)
+    state = trained_state(engine)
+    datums = mixed_datums()
+    engine.call(lambda e: e.forward_backward("ada", [datums[3]], "ppo", SUM))
+    before = gradients_of(engine)
+    monkeypatch.setattr("metaclaw_trainer.lora_engine.score", tiny_device)
+    with pytest.raises(OutOfMemoryError, match="out of memory"):
+        engine.call(lambda e: e.forward_backward("ada", [datums[3], datums[2]], "ppo", SUM))
+    after = gradients_of(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    now = engine.call(lambda e: e.state("ada"))
+    assert all(torch.equal(state.weights[name], now.weights[name]) for name in now.weights)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.types import Sample
 from metaclaw_hooks.wire import AgentTraining
+from metaclaw_trainer import forward
 from metaclaw_trainer.agents import AgentBook
+from metaclaw_trainer.batching import Datum, datum_of
 from metaclaw_trainer.checkpoints import read_checkpoint, read_manifest
 from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.loop import TrainingLoop
@@ -130,7 +133,45 @@ def test_training_goes_on_from_the_head_that_it_was_put_back_to(trainer: Trainer
     assert read_checkpoint(trainer.loop.folder("ada", 3), fingerprint).adapter.step == 2
 
 
-def _datums(samples: list[Sample]) -> list[object]:
-    from metaclaw_trainer.batching import datum_of
+def test_a_sample_that_memory_never_suffices_for_is_set_aside_and_the_others_are_trained(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = forward.score
 
+    def small_device(model: object, group: list[Datum], device: torch.device):  # type: ignore[no-untyped-def]
+        if group[0].length > 20 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, group, device)
+
+    monkeypatch.setattr("metaclaw_trainer.lora_engine.score", small_device)
+    long = random_sample(77, rewards=(1.0,), prompt=30, agent="ada")
+    trainer.queue.put(as_sampled(trainer.engine, [long]))
+    trainer.feed(range(3))
+    for tries in range(1, 4):
+        assert trainer.loop.run_once()
+        status = trainer.agents.status("ada")
+        assert (status.head, status.queued, status.set_aside) == (0, 4 - (tries == 3), int(tries == 3))
+        assert "out of memory" in (status.idle_reason or "")
+        trainer.agents.train_now("ada")  # not waiting out the pause
+    assert trainer.loop.run_once()
+    status = trainer.agents.status("ada")
+    assert (status.head, status.trained, status.set_aside) == (1, 3, 1)
+
+
+def test_a_head_that_no_longer_fits_the_settings_is_refused_with_the_reason(
+    trainer: Trainer, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer.feed(range(4))
+    trainer.loop.run_once()
+    changed = TrainingLoop(
+        trainer.engine, trainer.queue, trainer.versions, tiny_settings(tiny_model, tmp_path, batch_size=4, rank=8)
+    )
+    trainer.feed(range(4, 8))
+    assert changed.run_once()
+    status = trainer.agents.status("ada")
+    assert (status.head, status.queued) == (1, 4)
+    assert "v1 has rank 4" in (status.idle_reason or "")
+
+
+def _datums(samples: list[Sample]) -> list[Datum]:
     return [datum_of(sample, [0.0] * len(sample.turns)) for sample in samples]

@@ -132,6 +132,10 @@ class Adapter:
                 }
         self.step = state.step
 
+    @property
+    def has_gradient(self) -> bool:
+        return any(weight.grad is not None for weight in self.weights)
+
     def clear_gradient(self) -> None:
         for weight in self.weights:
             weight.grad = None

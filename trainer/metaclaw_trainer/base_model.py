@@ -31,6 +31,7 @@ class BaseModel:
     vocabulary: int
     layer_names: tuple[str, ...]  # what an adapter may name as target
     fingerprint: str
+    may_add_up: bool = False  # adapters may be added to a copy of the weights without being rounded away
     _recomputed: list[nn.Module] = field(default_factory=list)
 
     def adapted_layers(self) -> Iterator[FusedLinear]:
@@ -78,6 +79,7 @@ def load_base(settings: TrainerSettings) -> BaseModel:
         vocabulary=int(model.get_input_embeddings().weight.shape[0]),
         layer_names=_linear_names(model),
         fingerprint=fingerprint(model),
+        may_add_up=device.type == "cpu" and dtype == torch.float32,
     )
     log.info("base model loaded: %s, %s on %s, fingerprint %s", settings.base_model, dtype, device, base.fingerprint)
     return base

@@ -24,13 +24,15 @@ from metaclaw_trainer.advantages import Advantages, Baseline, given
 from metaclaw_trainer.checkpoints import Checkpoint, read_checkpoint, remove_checkpoint, sweep, write_checkpoint
 from metaclaw_trainer.distillation import Distillation
 from metaclaw_trainer.engine_thread import EngineThread
-from metaclaw_trainer.errors import EngineStoppedError, TrainerError
+from metaclaw_trainer.errors import EngineStoppedError, OutOfMemoryError, TrainerError
 from metaclaw_trainer.libraries import library_versions
 from metaclaw_trainer.ports import Head, SampleQueue, VersionStore
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.step import StepResult, TrainingState, train_step
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_WITH_MEMORY = 3  # something else may hold it for a while
 
 
 class Observer(Protocol):
@@ -67,6 +69,7 @@ class TrainingLoop:
         if plugins:
             for plugin, losses in plugins.call_blocking("register_losses"):
                 engine.call(lambda e, p=plugin, own=losses: e.register_losses(p, own))  # type: ignore[misc]
+        self._starved: dict[str, int] = {}  # agent -> batches in a row that memory has run out for
         self._loaded: dict[str, tuple[int, TrainingState]] = {}  # agent -> version in the engine, and its state
 
     def run(self, stop: threading.Event) -> None:
@@ -116,10 +119,26 @@ class TrainingLoop:
                 exc_info=not isinstance(error, TrainerError),
             )
             self.forget(agent)
-            self._queue.release(ids, f"{type(error).__name__}: {error}")
+            self._give_back(agent, samples, error)
             outcome = "failed"
+        else:
+            self._starved.pop(agent, None)
         if self._observer:
             self._observer.stepped(agent, outcome, time.monotonic() - started)
+
+    def _give_back(self, agent: str, samples: Sequence[Sample], error: Exception) -> None:
+        """The samples wait again; the longest does not when memory has run out for it again and again."""
+        ids = [sample.id for sample in samples]
+        if isinstance(error, OutOfMemoryError):
+            self._starved[agent] = self._starved.get(agent, 0) + 1
+            if self._starved[agent] >= _PATIENCE_WITH_MEMORY:
+                longest = max(samples, key=lambda sample: len(sample.token_ids))
+                reason = (
+                    f"out of memory {self._starved.pop(agent)} times with its {len(longest.token_ids)} tokens: {error}"
+                )
+                self._queue.set_aside([longest.id], reason)
+                ids.remove(longest.id)
+        self._queue.release(ids, f"{type(error).__name__}: {error}")
 
     def _step(self, agent: str, samples: Sequence[Sample]) -> str:
         head = self._versions.head(agent)

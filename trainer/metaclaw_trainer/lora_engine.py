@@ -9,32 +9,26 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from metaclaw_trainer.adapters import Adapter, AdapterConfig, AdapterState, OptimiserOptions
 from metaclaw_trainer.base_model import BaseModel, load_base
 from metaclaw_trainer.batching import Datum, check_datum, micro_batches
 from metaclaw_trainer.errors import (
-    AdapterExistsError,
     EngineError,
     NonFiniteError,
     OutOfMemoryError,
-    TrainerError,
-    UnknownAdapterError,
     WrongThreadError,
 )
 from metaclaw_trainer.forward import Scored, score
-from metaclaw_trainer.fused_lora import FusedLinear
 from metaclaw_trainer.losses import BUILT_IN, Loss, LossOptions, find_loss, token_weights
 from metaclaw_trainer.objective import BatchResult, Tally, objective
 from metaclaw_trainer.settings import TrainerSettings
+from metaclaw_trainer.shelf import AdapterShelf
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +51,14 @@ class LoraEngine:
         self.settings = settings
         self.base: BaseModel = load_base(settings)
         self.losses: dict[str, Loss] = dict(BUILT_IN)
-        self._peft: PeftModel | None = None
-        self._hot: dict[str, Adapter] = {}
-        self._paged: dict[str, AdapterState] = {}
-        self._layers: list[FusedLinear] = []
-        self._active: str | None = None
+        self.shelf = AdapterShelf(self.base, settings.base_model, settings.max_hot_adapters)
 
     # adapters in and out
 
     def adapters(self) -> list[str]:
-        """Keys of all adapters, paged out or not."""
-        return sorted([*self._hot, *self._paged])
+        """Keys of all adapters, in the model or paged out."""
+        self._mine()
+        return self.shelf.keys()
 
     def create(self, key: str, config: AdapterConfig | None = None, seed: int = 0) -> int:
         """A new adapter that changes nothing yet (B is 0); returns its number of parameters.
@@ -77,19 +68,13 @@ class LoraEngine:
             EngineError: if the targets name no layer of the model.
         """
         self._mine()
-        if key in self._hot or key in self._paged:
-            raise AdapterExistsError(f"an adapter {key!r} is there already: drop it first, or choose another name")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            adapter = self._inject(key, config or AdapterConfig.of(self.settings))
+        adapter = self.shelf.create(key, config or AdapterConfig.of(self.settings), seed)
         return sum(weight.numel() for weight in adapter.weights)
 
     def drop(self, key: str) -> None:
         """Forget an adapter, gradient and optimiser included; nothing happens if there is none."""
         self._mine()
-        self._paged.pop(key, None)
-        if self._hot.pop(key, None) is not None:
-            self._eject(key)
+        self.shelf.drop(key)
 
     def page_out(self, key: str) -> None:
         """Move an adapter out of the model into plain memory; it comes back by itself when it is used.
@@ -99,14 +84,7 @@ class LoraEngine:
             EngineError: if it holds a gradient that no step has used.
         """
         self._mine()
-        if key in self._paged:
-            return
-        adapter = self._adapter(key)
-        if any(weight.grad is not None for weight in adapter.weights):
-            raise EngineError(f"adapter {key!r} holds a gradient: take its step first")
-        self._paged[key] = adapter.state()
-        del self._hot[key]
-        self._eject(key)
+        self.shelf.page_out(key)
 
     def page_in(self, key: str) -> None:
         """Move an adapter back into the model.
@@ -115,12 +93,12 @@ class LoraEngine:
             UnknownAdapterError: if there is none.
         """
         self._mine()
-        self._adapter(key)
+        self.shelf.get(key)
 
     def state(self, key: str) -> AdapterState:
         """A copy of weights and optimiser, on the CPU."""
         self._mine()
-        return self._paged[key] if key in self._paged else self._adapter(key).state()
+        return self.shelf.state(key)
 
     def restore(self, key: str, state: AdapterState) -> None:
         """Put ``state`` in the place of the adapter ``key``, or make it; on failure everything is as it was.
@@ -129,15 +107,7 @@ class LoraEngine:
             CheckpointRefusedError: if the state does not fit the base model.
         """
         self._mine()
-        before = self.state(key) if key in self._hot or key in self._paged else None
-        self.drop(key)
-        try:
-            self._inject(key, state.config).load(state)
-        except (TrainerError, RuntimeError):
-            self.drop(key)
-            if before is not None:
-                self._inject(key, before.config).load(before)
-            raise
+        self.shelf.restore(key, state)
 
     # numbers
 
@@ -159,27 +129,37 @@ class LoraEngine:
     ) -> BatchResult:
         """Add the gradient of the loss over ``datums`` to that of the adapter ``key``.
 
-        If it fails, the gradient is as it was before the call, except for ``OutOfMemoryError`` and ``NonFiniteError``,
-        which leave none at all.
+        If it fails, the gradient is as it was before the call. When memory runs out, it is tried again with less of
+        it: one datum at a time, then with activations computed twice.
 
         Raises:
             UnknownAdapterError, UnknownLossError, InvalidDatumError: before anything is computed.
             NonFiniteError: if the loss is NaN or infinite.
-            OutOfMemoryError: if the device has too little memory.
+            OutOfMemoryError: if the device has too little memory even so.
         """
         self._mine()
         function = find_loss(loss or self.settings.loss, self.losses)
         options = options or LossOptions.of(self.settings)
         for datum in datums:
             check_datum(datum, self.base.vocabulary, self.settings.max_sample_tokens)
-        adapter = self._adapter(key)
+        adapter = self.shelf.get(key)
         weights = token_weights([datum.predicted for datum in datums], options)
-        tally = Tally(datums)
-        with self._using(key), self._or_clear(adapter):
-            for group in micro_batches(datums, self.settings.micro_batch_tokens):
-                scored = self._score([datums[i] for i in group], differentiate=True)
-                objective(group, scored, weights, function, options, tally).backward()  # type: ignore[no-untyped-call]
-        return tally.result()
+        tokens = sum(datum.length for datum in datums)
+        for budget, thrifty in ((self.settings.micro_batch_tokens, False), (1, False), (1, True)):
+            tally = Tally(datums)
+            try:
+                with self.shelf.using(key, tokens), _or_as_it_was(adapter):
+                    for group in micro_batches(datums, budget):
+                        scored = self._score([datums[i] for i in group], differentiate=True, thrifty=thrifty)
+                        total = objective(group, scored, weights, function, options, tally)
+                        total.backward()  # type: ignore[no-untyped-call]
+                return tally.result()
+            except OutOfMemoryError:
+                self._free_memory()
+                if thrifty:
+                    raise
+                log.warning("out of memory with %d datums of %r; trying again with less", len(datums), key)
+        raise AssertionError("the last attempt returns or raises")
 
     def logprobs(self, key: str | None, datums: Sequence[Datum]) -> list[Tensor]:
         """Log-probabilities [N] of each datum's targets under adapter ``key``, or under the base model (None)."""
@@ -187,9 +167,8 @@ class LoraEngine:
         for datum in datums:
             check_datum(datum, self.base.vocabulary, self.settings.max_sample_tokens)
         found: list[Tensor] = [torch.empty(0)] * len(datums)
-        if key is not None:
-            self._adapter(key)
-        with torch.no_grad(), self._using(key), _translated_memory_errors():
+        tokens = sum(datum.length for datum in datums)
+        with torch.no_grad(), self.shelf.using(key, tokens), _translated_memory_errors():
             for group in micro_batches(datums, self.settings.micro_batch_tokens):
                 for index, one in zip(group, self._score([datums[i] for i in group]), strict=True):
                     found[index] = one.logprobs_N.cpu()
@@ -198,7 +177,7 @@ class LoraEngine:
     def zero_grad(self, key: str) -> None:
         """Forget the accumulated gradient."""
         self._mine()
-        self._adapter(key).clear_gradient()
+        self.shelf.get(key).clear_gradient()
 
     def optim_step(self, key: str, options: OptimiserOptions) -> dict[str, float]:
         """One AdamW step on the accumulated gradient, which is then used up.
@@ -208,10 +187,11 @@ class LoraEngine:
             EngineError: if there is no gradient.
         """
         self._mine()
-        adapter = self._adapter(key)
-        if all(weight.grad is None for weight in adapter.weights):
+        adapter = self.shelf.get(key)
+        if not adapter.has_gradient:
             raise EngineError(f"adapter {key!r} has no gradient: call forward_backward before optim_step")
         norm = adapter.apply(options)
+        self.shelf.moved()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {key!r} is {norm}: no step was taken; look for a reward or learning "
@@ -221,88 +201,34 @@ class LoraEngine:
 
     # inside
 
-    def _score(self, datums: Sequence[Datum], differentiate: bool = False) -> list[Scored]:
+    def _score(self, datums: Sequence[Datum], differentiate: bool = False, thrifty: bool = False) -> list[Scored]:
         mode, longest = self.settings.gradient_checkpointing, max(datum.length for datum in datums)
         wanted = longest > self.settings.checkpoint_above_tokens if mode == "auto" else mode
-        self.base.recompute_activations(differentiate and wanted)
+        self.base.recompute_activations(differentiate and (wanted or thrifty))
         return score(self.base.model, datums, self.base.device)
 
     def _mine(self) -> None:
         if threading.get_ident() != self._owner:
             raise WrongThreadError("the model belongs to another thread: go through EngineThread.submit")
 
-    def _adapter(self, key: str) -> Adapter:
-        if key in self._paged:
-            state = self._paged[key]
-            self._inject(key, state.config).load(state)
-            del self._paged[key]
-        if key not in self._hot:
-            raise UnknownAdapterError(f"no adapter {key!r} in the engine: create it, or restore a checkpoint")
-        self._hot[key] = self._hot.pop(key)  # most recently used last
-        return self._hot[key]
-
-    def _inject(self, key: str, config: AdapterConfig) -> Adapter:
-        self._make_room()
-        if missing := [t for t in config.targets if t not in self.base.layer_names]:
-            raise EngineError(
-                f"the base model has no layer named {', '.join(missing)}; "
-                f"targets here: {', '.join(self.base.layer_names)}"
-            )
-        peft_config = config.to_peft(self.settings.base_model)
-        if self._peft is None:
-            self._peft = PeftModel(self.base.model, peft_config, adapter_name=_inner(key))
-        else:
-            self._peft.add_adapter(_inner(key), peft_config)
-        names, weights = [], []
-        ending = f".{_inner(key)}.weight"
-        for name, weight in self.base.model.named_parameters():
-            if ".lora_" in name and name.endswith(ending):
-                names.append(f"base_model.model.{name.removesuffix(ending)}.weight")
-                weights.append(weight.requires_grad_(True))
-        optimiser = torch.optim.AdamW(weights, lr=0.0, foreach=True)
-        adapter = Adapter(config, tuple(names), tuple(weights), optimiser)
-        self._hot[key] = adapter
-        self._layers = list(self.base.adapted_layers())
-        self._activate(None)
-        return adapter
-
-    def _make_room(self) -> None:
-        for key in list(self._hot):
-            if len(self._hot) < self.settings.max_hot_adapters:
-                return
-            if all(weight.grad is None for weight in self._hot[key].weights):
-                self.page_out(key)
-
-    def _eject(self, key: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT makes another adapter the active one; here none is between calls
-            cast(Any, self._peft).delete_adapter(_inner(key))
-        self._activate(None)
-
-    def _activate(self, key: str | None) -> None:
-        for layer in self._layers:
-            layer.activate(None if key is None else _inner(key))
-        self._active = key
-
-    @contextmanager
-    def _using(self, key: str | None) -> Iterator[None]:
-        if self._active != key:
-            self._activate(key)
-        yield
-
-    @contextmanager
-    def _or_clear(self, adapter: Adapter) -> Iterator[None]:
-        try:
-            with _translated_memory_errors():
-                yield
-        except (OutOfMemoryError, NonFiniteError):
-            adapter.clear_gradient()
-            raise
+    def _free_memory(self) -> None:
+        """Give back what torch holds for later, and the buffers of sums."""
+        self.shelf.free_memory()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _inner(key: str) -> str:
-    """PEFT's name of an adapter: never a part of its own prefix ``lora_``, which it would mistake for one."""
-    return f"adapter-{key}"
+@contextmanager
+def _or_as_it_was(adapter: Adapter) -> Iterator[None]:
+    """Whatever fails inside leaves the adapter's gradient as it was before."""
+    before = [None if weight.grad is None else weight.grad.clone() for weight in adapter.weights]
+    try:
+        with _translated_memory_errors():
+            yield
+    except BaseException:
+        for weight, gradient in zip(adapter.weights, before, strict=True):
+            weight.grad = gradient
+        raise
 
 
 @contextmanager
