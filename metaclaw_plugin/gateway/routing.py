@@ -72,7 +72,7 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     """Choose the version that answers this request, and pin the exchange to it.
 
     A tool loop stays on the version that its exchange began on, while that one is held; everything else takes the
-    agent's route, or its canary; when the version on the route is gone, the newest one that serves, else the base model.
+    agent's route, or its canary; when the version on the route is gone, the newest that serves, else the base model.
     Call ``InFlight.begin`` in the same transaction, one of ``engine.begin()``.
     """
     query = (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from metaclaw_trainer.batching import Datum
 
@@ -71,10 +71,10 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor
+        ctx: Any, states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, kept = [], [], None
-        differentiate = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        differentiate = ctx.needs_input_grad[0]
         for states, targets in zip(states_NH.split(KEEP_ROWS), targets_N.split(KEEP_ROWS), strict=True):
             logp = _log_softmax(states, weight_VH, bias_V)
             logprobs.append(logp.gather(1, targets[:, None])[:, 0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from metaclaw_hooks.names import version_name
@@ -59,7 +60,7 @@ class Retention:
                 )
         return gone
 
-    def _candidates(self, c: sa.Connection) -> list[sa.Row[tuple[str, int, str, int]]]:
+    def _candidates(self, c: sa.Connection) -> list[Any]:
         """Versions that may go, oldest first."""
         rank = sa.func.row_number().over(partition_by=versions.c.agent, order_by=versions.c.number.desc())
         ranked = sa.select(

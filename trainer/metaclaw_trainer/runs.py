@@ -146,8 +146,12 @@ class Runs:
                 datums.append(datum_of_lists(*lists))
             except InvalidDatumError as error:
                 raise InvalidDatumError(f"datum {index}: {error}") from error
-        bounds = {"ppo_clip": self._settings.ppo_clip, "cispo_clip": self._settings.cispo_clip}
-        options = LossOptions(**bounds, normalisation="constant", normalisation_constant=1.0)
+        options = LossOptions(
+            ppo_clip=self._settings.ppo_clip,
+            cispo_clip=self._settings.cispo_clip,
+            normalisation="constant",
+            normalisation_constant=1.0,
+        )
         with run.lock:
             try:
                 result = self._engine.call(lambda e: e.forward_backward(run.key, datums, loss, options))
