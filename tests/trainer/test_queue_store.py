@@ -167,6 +167,19 @@ def test_a_failed_step_is_shown_and_tried_again_later(rooms: Rooms) -> None:
     assert rooms.queue.ready() == [("alpha", 3)]
 
 
+def test_a_batch_that_could_not_be_given_back_is_taken_up_again_by_its_own_process(
+    rooms: Rooms, tmp_path: Path
+) -> None:
+    rooms.queue.put([sample(f"s{i}") for i in range(3)])
+    allow(rooms)
+    claimed = rooms.queue.claim("alpha", 3)  # and then neither committed nor released
+    assert Rooms(rooms.store, tmp_path).queue.ready() == []
+    assert rooms.queue.ready() == [("alpha", 3)]
+    assert rooms.queue.claim("alpha", 3) == claimed
+    assert rooms.versions.commit(version(1), [s.id for s in claimed], 0)
+    assert rooms.queue.ready() == []
+
+
 def test_status_says_in_one_line_why_nothing_is_training(rooms: Rooms) -> None:
     rooms.queue.put([sample("s0"), sample("s1")])
     assert rooms.agents.status("alpha").idle_reason == "2 of 3 samples are waiting"

@@ -10,27 +10,18 @@ from metaclaw_hooks.wire import AgentStatus, AgentTraining
 
 from metaclaw_trainer.errors import UnknownAgentError
 from metaclaw_trainer.schema import agents, samples
-from metaclaw_trainer.store import Store
+from metaclaw_trainer.store import Store, insert_missing
 
 
 def ensure_agent(c: sa.Connection, name: str) -> None:
     """Make the row of an agent that has none."""
     if c.scalar(sa.select(agents.c.name).where(agents.c.name == name)) is not None:
         return
-    insert: Any
-    if c.dialect.name == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        insert = postgresql.insert(agents)
-    else:
-        from sqlalchemy.dialects import sqlite
-
-        insert = sqlite.insert(agents)
     values = {
         "name": name, "allowed": False, "train_now": False, "head": 0, "head_generation": 0, "newest": 0,
         "metrics": {}, "failures": 0,
     }  # fmt: skip
-    c.execute(insert.values(**values).on_conflict_do_nothing())
+    insert_missing(c, agents, values)
 
 
 def raise_generation(c: sa.Connection, name: str) -> None:

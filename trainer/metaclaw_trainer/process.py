@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from metaclaw_hooks.plugins import create_plugin_manager
+from transformers.utils.logging import disable_progress_bar
 
 from metaclaw_trainer.agents import AgentBook
 from metaclaw_trainer.app import create_app
@@ -91,6 +92,7 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
 
 def serve(settings: TrainerSettings, listener: socket.socket) -> int:
     """Serve HTTP on ``listener`` until SIGINT or SIGTERM; the exit code."""
+    disable_progress_bar()  # this is a log, not a screen
     with running(settings) as services:
         config = uvicorn.Config(
             create_app(services),

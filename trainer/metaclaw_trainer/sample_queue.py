@@ -160,10 +160,13 @@ class StoredQueue:
         return reached
 
     def ready(self) -> list[tuple[str, int]]:
-        """Agents that may train now and have enough samples, with how many to claim; longest waiting first."""
+        """Agents that may train now and have enough samples, with how many to claim; longest waiting first.
+
+        Asked only when this process trains nothing.
+        """
         waiting = (
             sa.select(samples.c.agent, sa.func.count().label("n"), sa.func.min(samples.c.seq).label("oldest"))
-            .where(samples.c.state == "waiting")
+            .where(self._free())
             .group_by(samples.c.agent)
             .subquery()
         )
@@ -172,7 +175,7 @@ class StoredQueue:
             sa.select(agents.c.name, waiting.c.n, size.label("size"), agents.c.train_now)
             .join(waiting, waiting.c.agent == agents.c.name)
             .where(
-                agents.c.owner.is_(None),
+                sa.or_(agents.c.owner.is_(None), agents.c.owner == self._owner),
                 sa.or_(sa.and_(agents.c.allowed, waiting.c.n >= size), agents.c.train_now),
                 sa.or_(agents.c.retry_at.is_(None), agents.c.retry_at <= time.time(), agents.c.train_now),
             )
@@ -180,6 +183,11 @@ class StoredQueue:
         )
         with self._store.read() as c:
             return [(row.name, min(row.n, row.size)) for row in c.execute(query)]
+
+    def _free(self) -> sa.ColumnElement[bool]:
+        """Waiting, or left claimed by this process (which trains one batch at a time) that could not give it back."""
+        left = sa.and_(samples.c.state == "claimed", samples.c.owner == self._owner)
+        return sa.or_(samples.c.state == "waiting", left)
 
     def claim(self, agent: str, n: int) -> list[Sample]:
         """Up to ``n`` waiting samples in order of arrival; empty if another process trains the agent."""
@@ -192,10 +200,7 @@ class StoredQueue:
             if taken.rowcount == 0:
                 return []
             rows = c.execute(
-                sa.select(samples)
-                .where(samples.c.agent == agent, samples.c.state == "waiting")
-                .order_by(samples.c.seq)
-                .limit(n)
+                sa.select(samples).where(samples.c.agent == agent, self._free()).order_by(samples.c.seq).limit(n)
             ).all()
             if not rows:
                 c.execute(agents.update().where(agents.c.name == agent).values(owner=None))

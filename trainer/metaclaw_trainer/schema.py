@@ -39,7 +39,7 @@ samples = sa.Table(
     sa.Column("version", sa.Integer),  # that was trained on it
     sa.Column("received_at", sa.Float, nullable=False),
     sa.Column("settled_at", sa.Float),
-    sa.Index("ix_samples_queue", "agent", "state", "seq"),
+    sa.Index("ix_samples_queue", "state", "agent", "seq"),
     sa.Index("ix_samples_owner", "owner"),
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_trainer.errors import StoreError
@@ -81,6 +82,12 @@ def open_store(url: str) -> Store:
     except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
         raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
     return store
+
+
+def insert_missing(c: sa.Connection, table: sa.Table, values: dict[str, Any]) -> None:
+    """Insert a row unless one of its key is there; two processes that do so at once both succeed."""
+    insert: Any = (postgresql if c.dialect.name == "postgresql" else sqlite).insert(table)
+    c.execute(insert.values(**values).on_conflict_do_nothing())
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 SWEEP_EVERY = 6  # heartbeats
+RESTART_SECONDS = 5.0
 
 
 class TrainingThread:
@@ -26,6 +27,7 @@ class TrainingThread:
         self._owner = owner
         self._retention = retention
         self._heartbeat = heartbeat
+        self.failures = 0  # times that the loop broke off
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._train, name="training", daemon=True),
@@ -43,16 +45,15 @@ class TrainingThread:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
-    @property
-    def alive(self) -> bool:
-        """False once the training loop has ended, whatever ended it."""
-        return self._threads[0].is_alive()
-
     def _train(self) -> None:
-        try:
-            self._loop.run(self._stop)
-        finally:
-            log.info("the training loop has ended")
+        while not self._stop.is_set():
+            try:
+                self._loop.run(self._stop)
+                return
+            except Exception:  # a boundary: whatever it was, training must not end without a word
+                self.failures += 1
+                log.exception("the training loop broke off; it begins again in %d s", RESTART_SECONDS)
+                self._stop.wait(RESTART_SECONDS)
 
     def _keep_up(self) -> None:
         beats = 0

@@ -22,7 +22,7 @@ from metaclaw_trainer.errors import ConflictError, UnknownVersionError
 from metaclaw_trainer.ports import Head
 from metaclaw_trainer.sample_queue import MAX_INT, SPENT, free_if_done
 from metaclaw_trainer.schema import agents, counters, samples, served, versions
-from metaclaw_trainer.store import Store
+from metaclaw_trainer.store import Store, insert_missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ class StoredVersions:
 def _next_cursor(c: sa.Connection) -> int:
     """The next position in the list; whoever asks next waits until this transaction ends, so no reader skips one."""
     mine = sa.and_(counters.c.name == "versions", counters.c.label == "cursor")
-    if c.execute(counters.update().where(mine).values(value=counters.c.value + 1)).rowcount == 0:
-        c.execute(counters.insert().values(name="versions", label="cursor", value=1))
+    insert_missing(c, counters, {"name": "versions", "label": "cursor", "value": 0})
+    c.execute(counters.update().where(mine).values(value=counters.c.value + 1))
     return int(c.scalar(sa.select(counters.c.value).where(mine)) or 0)
 
 

@@ -17,6 +17,7 @@ import httpx
 from metaclaw_trainer.errors import VllmRefusedError, VllmUnavailableError
 
 CONTROL_TIMEOUT = httpx.Timeout(30.0, connect=5.0)  # seconds; a load reads the adapter from disk
+LIST_TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds; one that hangs must not hold up the others for long
 SAMPLE_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # seconds; long answers on a slow machine
 
 
@@ -64,7 +65,7 @@ class VllmClient:
 
     def models(self) -> list[ServedModel]:
         """What vLLM serves now: the base model first, then its adapters."""
-        body = self._json("GET", "/v1/models")
+        body = self._json("GET", "/v1/models", timeout=LIST_TIMEOUT)
         try:
             return [ServedModel(m["id"], m.get("root") or "", m.get("parent")) for m in body["data"]]
         except (KeyError, TypeError) as error:

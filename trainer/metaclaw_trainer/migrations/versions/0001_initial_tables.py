@@ -95,7 +95,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("samples", schema=None) as batch_op:
         batch_op.create_index("ix_samples_owner", ["owner"], unique=False)
-        batch_op.create_index("ix_samples_queue", ["agent", "state", "seq"], unique=False)
+        batch_op.create_index("ix_samples_queue", ["state", "agent", "seq"], unique=False)
 
     op.create_table("served", sa.Column("name", sa.String(length=80), nullable=False), sa.PrimaryKeyConstraint("name"))
     op.create_table(
