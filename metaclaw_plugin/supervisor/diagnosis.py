@@ -17,6 +17,10 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "--gpu-memory-utilization=0.6",
     ),
     (
+        r"is less than desired CPU memory utilization",
+        "too little memory: give metaclaw.vllm.extra_args --gpu-memory-utilization=0.3, which counts for the CPU too",
+    ),
+    (
         r"MemoryError|Cannot allocate memory|Not enough memory",
         "too little memory: lower metaclaw.vllm.kv_cache_gib or take a smaller model",
     ),
@@ -66,7 +70,8 @@ def explain(text: str) -> str:
     lines = meaningful(text)
     if not lines:
         return "it wrote nothing"
-    for line in reversed(lines):
+    # Also in indented lines: pydantic, for one, says there what was wrong.
+    for line in reversed([_PREFIX.sub("", line).strip() for line in text.splitlines()]):
         for pattern, remedy in REMEDIES:
             if re.search(pattern, line):
                 return f"{_short(line)}; {remedy}"

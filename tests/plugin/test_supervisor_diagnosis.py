@@ -33,6 +33,18 @@ resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 lea
             "argument --dtype",
             "metaclaw.vllm.extra_args",
         ),
+        (
+            "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, User-specified "
+            "max_model_len (10000000) is greater than the derived max_model_len (2048)\n    For further information",
+            "greater than the derived max_model_len",
+            "lower metaclaw.vllm.max_model_len",
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (3.1/79.0 GiB) on startup is less than desired GPU memory "
+            "utilization (0.92, 72.7 GiB). Decrease GPU memory utilization",
+            "Free memory on device cuda:0",
+            "--gpu-memory-utilization=0.6",
+        ),
         ("OSError: [Errno 98] Address already in use\n", "Address already in use", "choose another port"),
         ("RuntimeError: operator torchvision::nms does not exist\n", "torchvision", "pip uninstall"),
         ("safetensors_rust.SafetensorError: HeaderTooLarge\n", "HeaderTooLarge", "fetch them again"),
