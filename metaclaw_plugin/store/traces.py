@@ -35,6 +35,7 @@ class TraceFilter:
     since: float | None = None  # at or after
     until: float | None = None  # before
     after_seq: int | None = None
+    up_to_seq: int | None = None  # and this one
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """The WHERE clause, to be joined by AND."""
@@ -49,6 +50,8 @@ class TraceFilter:
             found.append(t.finished_at < self.until)
         if self.after_seq is not None:
             found.append(t.seq > self.after_seq)
+        if self.up_to_seq is not None:
+            found.append(t.seq <= self.up_to_seq)
         return found
 
 

@@ -6,19 +6,38 @@ import asyncio
 import time
 
 from metaclaw_plugin.store.deletion import open_recalls, settle_recalls
-from metaclaw_plugin.store.retention import retain
+from metaclaw_plugin.store.retention import due, retain, sweep_sessions
 from metaclaw_plugin.worker.context import WorkerContext
 
+SWEEP = 3600.0  # seconds between looks for sessions that hold nothing
 
-async def retention_round(ctx: WorkerContext) -> bool:
-    """Delete one batch of what need not be kept; True if there may be more."""
 
-    def delete() -> bool:
-        with ctx.engine.begin() as c:
-            report = retain(c, ctx.settings.store, time.time())
-        return bool(report.traces or report.sessions)
+class Retention:
+    """Deletes in small steps, and takes the store's write lock only when there is something to delete."""
 
-    return await asyncio.to_thread(delete)
+    def __init__(self, ctx: WorkerContext) -> None:
+        self._ctx = ctx
+        self._next_sweep = time.monotonic()
+
+    async def round(self) -> bool:
+        """Delete one batch of what need not be kept; True if there may be more."""
+        return await asyncio.to_thread(self._once)
+
+    def _once(self) -> bool:
+        engine, settings = self._ctx.engine, self._ctx.settings.store
+        more = False
+        with engine.connect() as c:
+            needed = due(c, settings, time.time())
+        if needed:
+            with engine.begin() as c:
+                more = retain(c, settings, time.time()).traces > 0
+        if time.monotonic() >= self._next_sweep:
+            with engine.begin() as c:
+                swept = sweep_sessions(c, time.time()).sessions
+            more = more or swept > 0
+            if not swept:
+                self._next_sweep = time.monotonic() + SWEEP
+        return more
 
 
 async def recall_round(ctx: WorkerContext) -> bool:

@@ -16,7 +16,7 @@ from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
 from metaclaw_plugin.worker.judge_book import StoreJudgeBook
 from metaclaw_plugin.worker.modes import Modes
 from metaclaw_plugin.worker.publishing import Publisher
-from metaclaw_plugin.worker.retention import recall_round, retention_round
+from metaclaw_plugin.worker.retention import Retention, recall_round
 from metaclaw_plugin.worker.scoring import Scorer, settle_side_traces, store_hook_counters
 
 UPKEEP = 5.0  # seconds
@@ -45,7 +45,7 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
         Round("scoring", score, poll),
         Round("feedback", lambda: feedback_round(ctx), poll),
         Round("sessions", lambda: _close_sessions(ctx), UPKEEP),
-        Round("retention", lambda: retention_round(ctx), UPKEEP),
+        Round("retention", Retention(ctx).round, UPKEEP),
         Round("upkeep", lambda: _upkeep(ctx), UPKEEP),
         Round("skills", SkillKeeper(ctx).round, poll),
     ]

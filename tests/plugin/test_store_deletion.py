@@ -27,10 +27,10 @@ from metaclaw_plugin.store.deletion import (
     settle_recalls,
 )
 from metaclaw_plugin.store.engine import open_store
-from metaclaw_plugin.store.retention import DAY, EXPIRED, retain
+from metaclaw_plugin.store.retention import DAY, EXPIRED, due, retain, sweep_sessions
 from metaclaw_plugin.store.sessions import Evidence, add_states, close_session, find_or_open
 from metaclaw_plugin.store.traces import TraceFilter, insert_traces, iter_traces, stored_bytes
-from metaclaw_plugin.worker.retention import recall_round
+from metaclaw_plugin.worker.retention import Retention, recall_round
 from tests.store_cases import TRACE, a_trace
 from tests.worker_stage import worker_context, worker_settings
 
@@ -203,7 +203,9 @@ def test_retention_by_age(store: Engine) -> None:
     with store.begin() as c:
         insert_traces(c, [a_trace(id=f"tr-{n}", finished_at=n * DAY) for n in range(10)])
         settings = StoreSettings(keep_days=3.0)
+        assert due(c, settings, 9 * DAY)
         assert retain(c, settings, 9 * DAY).traces == 6
+        assert not due(c, settings, 9 * DAY)
         assert retain(c, settings, 9 * DAY) == DeletionReport()
         assert [trace.id for trace in iter_traces(c)] == ["tr-6", "tr-7", "tr-8", "tr-9"]
         assert read_counters(c, EXPIRED) == {EXPIRED: {"age": 6}}
@@ -213,7 +215,9 @@ def test_retention_by_size_deletes_the_oldest_and_no_more_than_it_must(store: En
     with store.begin() as c:
         insert_traces(c, [a_trace(id=f"tr-{n}") for n in range(10)])
         size = stored_bytes(c) // 10
+        assert due(c, StoreSettings(keep_bytes=7 * size), 0.0)
         assert retain(c, StoreSettings(keep_bytes=7 * size), 0.0).traces == 3
+        assert not due(c, StoreSettings(keep_bytes=7 * size), 0.0)
         assert retain(c, StoreSettings(keep_bytes=7 * size), 0.0).traces == 0
         assert [trace.id for trace in iter_traces(c)] == [f"tr-{n}" for n in range(3, 10)]
 
@@ -221,6 +225,7 @@ def test_retention_by_size_deletes_the_oldest_and_no_more_than_it_must(store: En
 def test_retention_keeps_everything_by_default(store: Engine) -> None:
     with store.begin() as c:
         insert_traces(c, [a_trace(finished_at=0.0)])
+        assert not due(c, StoreSettings(), 1e12)
         assert retain(c, StoreSettings(), 1e12).traces == 0
 
 
@@ -229,6 +234,24 @@ def test_closed_sessions_without_a_trace_are_forgotten_in_the_end(store: Engine)
         gone = find_or_open(c, "alpha", Evidence("x-session-id", "gone"), 0.0, 0)
         still_open = find_or_open(c, "alpha", Evidence("x-session-id", "open"), 0.0, 0)
         close_session(c, gone, "idle", 1.0)
-        assert retain(c, StoreSettings(), 6 * DAY).sessions == 0
-        assert retain(c, StoreSettings(), 8 * DAY).sessions == 1
+        assert sweep_sessions(c, 6 * DAY).sessions == 0
+        assert sweep_sessions(c, 8 * DAY).sessions == 1
     assert [row.id for row in rows(store, schema.sessions)] == [still_open]
+
+
+async def test_worker_deletes_batch_by_batch_until_nothing_is_due(tmp_path: Path) -> None:
+    settings = worker_settings(tmp_path, store={"keep_days": 1.0})
+    with worker_context(settings) as ctx:
+        with ctx.engine.begin() as c:
+            insert_traces(c, [a_trace(id=f"old-{n}", finished_at=1.0) for n in range(150)])
+            insert_traces(c, [a_trace(id="new", finished_at=time.time())])
+            gone = find_or_open(c, "alpha", Evidence("x-session-id", "gone"), 0.0, 0)
+            close_session(c, gone, "idle", 1.0)
+        retention = Retention(ctx)
+        rounds = 0
+        while await retention.round():
+            rounds += 1
+        assert rounds == 2
+        with ctx.engine.connect() as c:
+            assert [trace.id for trace in iter_traces(c)] == ["new"]
+            assert c.execute(sa.select(schema.sessions)).all() == []
