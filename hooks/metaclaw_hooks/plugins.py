@@ -69,8 +69,8 @@ class Plugins(Registry):
     def take_stats(self) -> dict[tuple[str, str], HookStats]:
         """What was done since this was last asked, by (plugin, hook); for counters that several processes share."""
         fresh = {}
-        for name, hooks in self._stats.items():
-            for hook, now in hooks.items():
+        for name, hooks in list(self._stats.items()):
+            for hook, now in list(hooks.items()):
                 before = self._reported.get((name, hook), HookStats())
                 if now.calls == before.calls:
                     continue

@@ -112,7 +112,7 @@ class Registry:
         """Every loaded plugin that has at least one hook, in the order of loading."""
         return [
             PluginInfo(p.name, p.origin, p.agent, self.scores_lone_reply(p.name), dict(p.stats))
-            for p in self._plugins.values()
+            for p in list(self._plugins.values())
         ]
 
     def scores_lone_reply(self, name: str) -> bool | None:
@@ -134,7 +134,7 @@ class Registry:
     @property
     def built_in(self) -> frozenset[str]:
         """Names of the plugins that come with us."""
-        return frozenset(name for name, plugin in self._plugins.items() if plugin.origin == BUILT_IN)
+        return frozenset(name for name, plugin in list(self._plugins.items()) if plugin.origin == BUILT_IN)
 
     def scores_session(self, name: str) -> bool:
         """Whether ``score_trace`` of plugin ``name`` rewards a whole session, shown its last trace."""
@@ -166,7 +166,7 @@ class Registry:
     @property
     def longest_call(self) -> float:
         """Seconds after which every call of every plugin has ended, or was given up."""
-        return max((plugin.timeout for plugin in self._plugins.values()), default=self._timeout)
+        return max((plugin.timeout for plugin in list(self._plugins.values())), default=self._timeout)
 
     def _timeout_of(self, target: object) -> float:
         own = getattr(target, "HOOK_TIMEOUT", None)
@@ -229,7 +229,7 @@ class Registry:
 
     def close(self) -> None:
         """Let the plugins' threads end."""
-        for plugin in self._plugins.values():
+        for plugin in list(self._plugins.values()):
             plugin.lane.close()
 
     def load_entry_points(self) -> None:

@@ -33,6 +33,7 @@ from metaclaw_plugin.worker.policy import RewardPlan, Wait, plan_all, plan_rewar
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY = 0.5  # seconds between looks for new or edited plugin files
 KNOWN_OUTCOMES = 256  # of whole sessions, held in memory
 
 
@@ -52,6 +53,7 @@ class Scorer:
 
     def __init__(self, ctx: WorkerContext) -> None:
         self._ctx = ctx
+        self._looked_at = float("-inf")  # monotonic: when the folder of hooks was last read
         self._plans: dict[str, RewardPlan] = {}
         self._outcomes: OrderedDict[tuple[str, str], asyncio.Task[Reward | None]] = OrderedDict()
 
@@ -77,6 +79,9 @@ class Scorer:
                 task.cancel()
 
     def _claim(self, limit: int) -> tuple[list[Claimed], list[Outcome]]:
+        if time.monotonic() > self._looked_at + LOOK_EVERY:
+            self._ctx.plugins.refresh()
+            self._looked_at = time.monotonic()
         now = time.time()
         settings = self._ctx.settings
         with self._ctx.engine.connect() as c:

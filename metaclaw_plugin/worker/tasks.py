@@ -35,14 +35,8 @@ class Round:
 def tasks_for(ctx: WorkerContext) -> list[Round]:
     """The tasks that the settings ask for."""
     poll = ctx.settings.worker.poll_interval
-    scorer = Scorer(ctx)
-
-    async def score() -> int:
-        await asyncio.to_thread(ctx.plugins.refresh)
-        return await scorer.round()
-
     tasks = [
-        Round("scoring", score, poll),
+        Round("scoring", Scorer(ctx).round, poll),
         Round("feedback", lambda: feedback_round(ctx), poll),
         Round("sessions", lambda: _close_sessions(ctx), UPKEEP),
         Round("retention", Retention(ctx).round, UPKEEP),

@@ -178,6 +178,19 @@ async def test_a_wrong_key_is_not_tried_again() -> None:
     assert len(asked) == 1
 
 
+async def test_a_model_that_takes_no_schema_is_asked_without() -> None:
+    plugin, _, asked = judge(
+        lambda body: httpx.Response(400) if "response_format" in body else chat(says(1)), votes=1, retries=0
+    )
+    assert await plugin.score_trace(FIRST, None) is not None
+    assert await plugin.score_trace(FIRST, SECOND) is not None
+    assert [sorted(body) for body in asked] == [
+        ["max_tokens", "messages", "model", "response_format", "temperature"],
+        ["max_tokens", "messages", "model"],
+        ["max_tokens", "messages", "model"],
+    ]
+
+
 async def test_the_days_calls_are_capped_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     plugin, book, asked = judge(lambda _: chat(says(1)), votes=1, daily_calls=2)
     with caplog.at_level(logging.WARNING):

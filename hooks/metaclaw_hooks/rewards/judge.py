@@ -90,6 +90,7 @@ class JudgeReward:
         self._room = asyncio.Semaphore(config.concurrency)
         self._client: httpx.AsyncClient | None = None
         self._capped_on = ""
+        self._plainly = False  # ask without temperature and schema
         tries = config.retries + 1
         self.HOOK_TIMEOUT = 4 * (tries * config.timeout + config.retries * _LONGEST_PAUSE)
 
@@ -99,7 +100,7 @@ class JudgeReward:
         key = self._key(messages)
         known = await asyncio.to_thread(self._book.find, key)
         if known is None:
-            votes = await asyncio.gather(*(self._vote(messages, seed) for seed in range(self._config.votes)))
+            votes = await asyncio.gather(*(self._vote(messages) for _ in range(self._config.votes)))
             heard = [vote for vote in votes if vote is not None]
             if not heard:
                 if await self._capped():
@@ -132,13 +133,13 @@ class JudgeReward:
             )
         return reached
 
-    async def _vote(self, messages: list[dict[str, str]], seed: int) -> Verdict | None:
+    async def _vote(self, messages: list[dict[str, str]]) -> Verdict | None:
         async with self._room:
             for attempt in range(self._config.retries + 1):
                 if await self._capped():
                     return None
                 try:
-                    answer = await self._ask(messages, seed)
+                    answer = await self._ask(messages)
                 except httpx.HTTPError as error:
                     pause, reason = 0.0, type(error).__name__
                 else:
@@ -146,17 +147,33 @@ class JudgeReward:
                         return await self._read(answer)
                     if answer.status_code not in _RETRY_STATUS:
                         raise HookFailedError(
-                            f"{self._config.model} answered {answer.status_code}; check the judge's url and key"
+                            f"{self._config.model} answered {answer.status_code}; check the judge's model, url and key"
                         )
                     pause, reason = _retry_after(answer), f"status {answer.status_code}"
                 if attempt < self._config.retries:
                     backoff = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
                     await asyncio.sleep(min(_LONGEST_PAUSE, max(pause, backoff)))
-            raise HookFailedError(
-                f"{self._config.model} did not answer ({self._config.retries + 1} tries, last: {reason})"
-            )
+            tries = self._config.retries + 1
+            raise HookFailedError(f"{self._config.model} did not answer ({tries} tries, last: {reason})")
 
-    async def _ask(self, messages: list[dict[str, str]], seed: int) -> httpx.Response:
+    async def _ask(self, messages: list[dict[str, str]]) -> httpx.Response:
+        """Ask once. Models differ in what may be set: after a 400 the judge asks without temperature and schema."""
+        config = self._config
+        asked = {"model": config.model, "messages": messages, "max_tokens": config.max_tokens}
+        answer = await self._post(asked if self._plainly else asked | self._wishes())
+        if answer.status_code == 400 and not self._plainly:
+            answer = await self._post(asked)
+            if answer.is_success:
+                self._plainly = True
+                logger.info("%s takes no temperature or no schema; the judge asks it without", config.model)
+        return answer
+
+    def _wishes(self) -> dict[str, Any]:
+        schema = {"name": "verdict", "schema": SCHEMA, "strict": True}
+        form = {"type": "json_schema", "json_schema": schema}
+        return {"temperature": self._config.temperature, "response_format": form}
+
+    async def _post(self, body: Mapping[str, Any]) -> httpx.Response:
         if self._client is None:  # made on the event loop that it is used on
             self._client = httpx.AsyncClient(transport=self._transport, trust_env=False)
         config = self._config
@@ -165,17 +182,7 @@ class JudgeReward:
             f"{config.url.rstrip('/')}/chat/completions",
             headers={"authorization": f"Bearer {config.api_key}"} if config.api_key else {},
             timeout=config.timeout,
-            json={
-                "model": config.model,
-                "messages": messages,
-                "temperature": config.temperature,
-                "max_tokens": config.max_tokens,
-                "seed": seed,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "verdict", "schema": SCHEMA, "strict": True},
-                },
-            },
+            json=body,
         )
 
     async def _read(self, answer: httpx.Response) -> Verdict | None:
