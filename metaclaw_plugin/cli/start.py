@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,10 @@ app = typer.Typer(rich_markup_mode=None)
 def start(
     config: Config = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background once all is ready.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this process; repeatable: --only vllm --only trainer on a GPU server."),
+    ] = None,
 ) -> None:
     """Start all that the configuration asks for here, show when each is ready, and watch over it until Ctrl-C.
 
@@ -32,9 +37,9 @@ def start(
     METACLAW_HOME/logs.
     """
     if detach:
-        _start_detached(config)
+        _start_detached(config, only or [])
     else:
-        _start_here(config)
+        _start_here(config, only or [])
 
 
 @app.command()
@@ -50,10 +55,11 @@ def restart(config: Config = None) -> None:
     from metaclaw_plugin.supervisor.state import Home
 
     settings, path = _load(config)
-    if config is None and (state := Home(settings.home).read()) is not None and state.config is not None:
+    state = Home(settings.home).read()
+    if config is None and state is not None and state.config is not None:
         path = Path(state.config)
     _stop(config)
-    _start_detached(path)
+    _start_detached(path, list(state.only) if state is not None else [])
 
 
 def _load(config: Path | None) -> tuple[Settings, Path | None]:
@@ -63,36 +69,39 @@ def _load(config: Path | None) -> tuple[Settings, Path | None]:
     return load_settings(path), path
 
 
-def _start_here(config: Path | None) -> None:
+def _start_here(config: Path | None, only: list[str]) -> None:
     from metaclaw_plugin.cli.start_display import StartDisplay
     from metaclaw_plugin.supervisor.plan import plan
     from metaclaw_plugin.supervisor.state import Home
     from metaclaw_plugin.supervisor.supervise import Supervisor
 
     settings, path = _load(config)
-    services = plan(settings, path)
+    services = plan(settings, path, only)
     home = Home(settings.home)
     home.create()
-    with home.lock(), Supervisor(services, home, path) as supervisor:
+    with home.lock(), Supervisor(services, home, path, only) as supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: supervisor.ask_to_stop())
         with StartDisplay([service.name for service in services]) as display:
             ready = supervisor.start(display.show_children)
         if ready:
-            typer.echo(_ready_text(settings))
+            typer.echo(_ready_text(settings, [service.name for service in services]))
             supervisor.run()
         with StartDisplay([service.name for service in services], "Ending") as display:
             supervisor.stop(display.show_children)
 
 
-def _ready_text(settings: Settings) -> str:
+def _ready_text(settings: Settings, names: Collection[str]) -> str:
     from metaclaw_plugin.supervisor.plan import reachable
+
+    if "gateway" not in names:
+        return f"Ready: {', '.join(names)}. Ctrl-C or `metaclaw stop` ends it."
 
     url = f"http://{reachable(settings.gateway.host)}:{settings.gateway.port}"
     return f"Ready. Gateway: {url}/v1 (OpenAI), {url} (Anthropic). Ctrl-C or `metaclaw stop` ends it."
 
 
-def _start_detached(config: Path | None) -> None:
+def _start_detached(config: Path | None, only: list[str]) -> None:
     """Start a supervisor of its own session and show how it gets on, until it is ready or has failed."""
     from metaclaw_plugin.cli.start_display import StartDisplay
     from metaclaw_plugin.errors import ProcessError
@@ -100,7 +109,7 @@ def _start_detached(config: Path | None) -> None:
     from metaclaw_plugin.supervisor.state import Home
 
     settings, path = _load(config)
-    services = plan(settings, path)
+    services = plan(settings, path, only)
     home = Home(settings.home)
     home.create()
     with home.lock():  # fails here, and not in the background, if one runs already
@@ -108,6 +117,8 @@ def _start_detached(config: Path | None) -> None:
     command = [sys.executable, "-m", "metaclaw_plugin.cli.main", "start"]
     if path is not None:
         command += ["--config", str(path.absolute())]
+    for name in only:
+        command += ["--only", name]
     with home.log("supervisor").open("ab") as output:
         offset = output.tell()
         process = subprocess.Popen(
@@ -132,7 +143,7 @@ def _start_detached(config: Path | None) -> None:
         state = home.read()
         failure = state.failure if state else None
         raise ProcessError(failure or explain(read_tail(home.log("supervisor"), offset)).removeprefix("metaclaw: "))
-    typer.echo(_ready_text(settings).replace("Ctrl-C or ", ""))
+    typer.echo(_ready_text(settings, [service.name for service in services]).replace("Ctrl-C or ", ""))
 
 
 def _stop(config: Path | None) -> bool:

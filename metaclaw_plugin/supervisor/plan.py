@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,22 @@ def worker_service(settings: Settings, config: Path | None) -> Service:
     return Service("worker", worker_launch(settings, config), ready_line="the worker runs")
 
 
-def plan(settings: Settings, config: Path | None) -> list[Service]:
+def plan(settings: Settings, config: Path | None, only: Collection[str] = ()) -> list[Service]:
     """What `metaclaw start` runs, in order of starting; it is stopped in the opposite order.
 
+    ``only``: these of them, such as vllm and trainer on a GPU server.
+
     Raises:
-        ConfigError: if a process cannot be started with this configuration.
+        ConfigError: if a process cannot be started with this configuration, or one of ``only`` is none of it.
     """
-    services = []
+    makers: dict[str, Callable[[], Service]] = {}
     if trains(settings) and settings.rl.backend == "local":
-        services += [vllm_service(settings)] if settings.vllm.managed else []
-        services.append(trainer_service(settings, config))
-    return [*services, gateway_service(settings, config), worker_service(settings, config)]
+        if settings.vllm.managed:
+            makers["vllm"] = lambda: vllm_service(settings)
+        makers["trainer"] = lambda: trainer_service(settings, config)
+    makers["gateway"] = lambda: gateway_service(settings, config)
+    makers["worker"] = lambda: worker_service(settings, config)
+    for name in only:
+        if name not in makers:
+            raise ConfigError(f"--only {name}: with this configuration there are {', '.join(makers)}")
+    return [make() for name, make in makers.items() if not only or name in only]

@@ -42,6 +42,7 @@ class SupervisorState:
     config: str | None
     started_at: float
     services: tuple[ServiceState, ...] = ()
+    only: tuple[str, ...] = ()  # the processes that were asked for; none: all
     failure: str | None = None  # why the start failed; set just before it ends
 
     def alive(self) -> bool:
@@ -93,7 +94,8 @@ class Home:
         try:
             data: dict[str, Any] = json.loads(self.state_file.read_text(encoding="utf-8"))
             services = tuple(ServiceState(**item) for item in data.pop("services"))
-            return SupervisorState(**data, services=services)
+            only = tuple(data.pop("only", ()))
+            return SupervisorState(**data, services=services, only=only)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -26,7 +26,7 @@ Watcher = Callable[[Sequence[Child]], None]
 class Supervisor:
     """Use it as a context manager under ``Home.lock()``; leaving it ends every process that it started."""
 
-    def __init__(self, services: Sequence[Service], home: Home, config: Path | None) -> None:
+    def __init__(self, services: Sequence[Service], home: Home, config: Path | None, only: Sequence[str] = ()) -> None:
         self.home = home
         # Guards watch the read end; the write end closes when this process is gone, however it goes.
         self._life_read, self._life_write = os.pipe()
@@ -37,6 +37,7 @@ class Supervisor:
             created=created_at(pid) or 0.0,
             config=str(config.absolute()) if config else None,
             started_at=time.time(),
+            only=tuple(only),
         )
         self._stopping = False
         self._http = httpx.Client(timeout=2.0, trust_env=False)

@@ -46,11 +46,12 @@ class House:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("METACLAW_HOME") == str(self.home) and process.pid != os.getpid():
+                ours = process.environ().get("METACLAW_HOME") == str(self.home) and process.pid != os.getpid()
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return found
 
     def wait_until_empty(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds

@@ -38,6 +38,13 @@ def test_each_configuration_starts_what_it_needs(model: str) -> None:
     assert names(Settings(rl=RlSettings(backend="remote", remote_url="http://gpu:4010"))) == ["gateway", "worker"]
 
 
+def test_a_part_can_be_started_alone_as_on_a_gpu_server(model: str) -> None:
+    settings = Settings(base_model=model)
+    assert [service.name for service in plan(settings, CONFIG, ["trainer", "vllm"])] == ["vllm", "trainer"]
+    with pytest.raises(ConfigError, match="--only vllm: with this configuration there are gateway, worker"):
+        plan(Settings(mode=Mode.SKILLS_ONLY), CONFIG, ["vllm"])
+
+
 def test_every_process_is_told_where_config_and_data_are(model: str, tmp_path: Path) -> None:
     for service in plan(Settings(base_model=model, home=tmp_path), CONFIG):
         if service.name != "vllm":  # which is configured by its arguments alone

@@ -63,7 +63,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +220,14 @@ def test_two_services_on_one_port_are_refused(server: Service) -> None:
 def test_a_full_disk_is_refused_with_the_figures(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match=r"MiB are free on the disk of .* set METACLAW_HOME"):
         check_disk(tmp_path, least=2**62)
+
+
+def test_what_was_asked_for_is_remembered_for_a_restart(home: Home) -> None:
+    with Supervisor([], home, None, ["trainer"]) as supervisor:
+        supervisor.start()
+        state = home.read()
+    assert state is not None
+    assert state.only == ("trainer",)
 
 
 def test_a_second_supervisor_of_the_same_home_is_refused(home: Home) -> None:
