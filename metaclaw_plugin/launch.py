@@ -46,9 +46,10 @@ def installed(name: str) -> bool:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver shows an NVIDIA GPU (Linux, WSL included); reads files only."""
+    """Whether the driver shows an NVIDIA GPU (Linux, containers and WSL included); reads files only."""
     gpus = Path("/proc/driver/nvidia/gpus")
-    return (gpus.is_dir() and any(gpus.iterdir())) or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
+    seen = (gpus.is_dir() and any(gpus.iterdir())) or any(Path("/dev").glob("nvidia[0-9]*"))
+    return seen or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
 
 
 def runs_on_cpu() -> bool:

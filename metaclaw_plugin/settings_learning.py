@@ -151,6 +151,9 @@ class VllmSettings(Section):
     kv_cache_gib: int = Field(1, ge=1, description="GiB of memory for the KV cache on a machine without a GPU.")
     cpu_cores: str | None = Field(None, description="vLLM's cores on a machine without a GPU, such as 0-1; unset: all.")
     devices: str | None = Field(None, description="GPUs for vLLM, such as 0,1; given to it when it starts.")
+    gpu_memory: float | None = Field(
+        None, gt=0, le=1, description="Share of GPU memory for vLLM; unset: half beside a trainer, else vLLM's default."
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is spread over.")
     tool_call_parser: str | None = Field(
         "hermes", description="vLLM's parser of the model's tool calls; null: requests with tools are refused."

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import Launch, check_model, installed, runs_on_cpu
 from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.supervisor.plan import trains
 
+BESIDE_TRAINER = 0.5  # of a GPU's memory, when the trainer is on it as well
 BASE_NAME = "metaclaw-base"  # the name under which vLLM serves the base model
 
 
@@ -54,7 +56,21 @@ def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None =
         argv += ["--tensor-parallel-size", str(vllm.tensor_parallel)]
     if cpu:
         argv.append("--enforce-eager")
+    elif (share := _gpu_share(settings)) is not None:
+        argv += ["--gpu-memory-utilization", f"{share:g}"]
     return Launch((*argv, *vllm.extra_args), _environment(settings, model, cpu))
+
+
+def _gpu_share(settings: Settings) -> float | None:
+    """The share of each GPU that vLLM may take; it would take nearly all, and leave no room for a trainer there."""
+    vllm = settings.vllm
+    if vllm.gpu_memory is not None:
+        return vllm.gpu_memory
+    if not trains(settings) or settings.rl.backend == "remote":
+        return None
+    served = vllm.devices.split(",") if vllm.devices else [str(number) for number in range(vllm.tensor_parallel)]
+    trained = str(settings.trainer.get("devices") or "0").split(",")
+    return BESIDE_TRAINER if set(served) & set(trained) else None
 
 
 def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:

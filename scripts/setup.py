@@ -55,7 +55,8 @@ def check_disk(folder, needed_gib):
 
 def has_nvidia_gpu():
     gpus = Path("/proc/driver/nvidia/gpus")
-    return (gpus.is_dir() and any(gpus.iterdir())) or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
+    seen = (gpus.is_dir() and any(gpus.iterdir())) or any(Path("/dev").glob("nvidia[0-9]*"))
+    return seen or Path("/usr/lib/wsl/lib/nvidia-smi").exists()
 
 
 def requirements():

@@ -11,10 +11,9 @@ TAIL = 65536  # bytes of a log that are read
 REMEDIES: tuple[tuple[str, str], ...] = (
     (r"address already in use|Errno 98|Errno 48", "another program has the port; stop it or choose another port"),
     (
-        r"CUDA out of memory|torch\.OutOfMemoryError|No available memory for the cache blocks|"
+        r"CUDA out of memory|torch\.OutOfMemoryError|"
         r"Free memory on device .* is less than",
-        "the GPU is too full: lower metaclaw.vllm.max_model_len, or give metaclaw.vllm.extra_args "
-        "--gpu-memory-utilization=0.6",
+        "the GPU is too full: lower metaclaw.vllm.gpu_memory or metaclaw.vllm.max_model_len",
     ),
     (
         r"is less than desired CPU memory utilization",
@@ -25,7 +24,10 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "too little memory: lower metaclaw.vllm.kv_cache_gib or take a smaller model",
     ),
     (r"No space left on device", "the disk is full: free some space"),
-    (r"KV cache is needed, which is larger", "lower metaclaw.vllm.max_model_len or raise metaclaw.vllm.kv_cache_gib"),
+    (
+        r"No available memory for the cache blocks|KV cache is needed, which is larger",
+        "lower metaclaw.vllm.max_model_len, or raise metaclaw.vllm.gpu_memory (without a GPU: kv_cache_gib)",
+    ),
     (r"greater than the derived max_model_len", "lower metaclaw.vllm.max_model_len"),
     (
         r"is not a valid model identifier|LocalEntryNotFoundError|couldn't connect to|Cannot find any model weights",

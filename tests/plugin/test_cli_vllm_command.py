@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,26 @@ def test_adapters_can_be_loaded_at_run_time_and_nothing_is_sent_home(model: Path
     assert launch.env["HF_HUB_OFFLINE"] == "1"
     assert launch.env["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert launch.env["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("more", "trainer", "share"),
+    [
+        ({}, {}, "0.5"),
+        ({"gpu_memory": 0.7}, {}, "0.7"),
+        ({"devices": "0,1", "tensor_parallel": 2}, {"devices": "2"}, None),
+        ({"devices": "0,1", "tensor_parallel": 2}, {"devices": "1"}, "0.5"),
+        ({"devices": "1"}, {}, None),
+        ({"tensor_parallel": 2}, {"devices": "1"}, "0.5"),
+    ],
+)
+def test_vllm_leaves_room_for_a_trainer_on_the_same_gpu(
+    model: Path, more: dict[str, Any], trainer: dict[str, Any], share: str | None
+) -> None:
+    argv = vllm_command(Settings(base_model=str(model), vllm=VllmSettings(**more), trainer=trainer), cpu=False).argv
+    assert ("--gpu-memory-utilization" in argv) == (share is not None)
+    if share is not None:
+        assert argv[argv.index("--gpu-memory-utilization") + 1] == share
 
 
 @pytest.mark.law(10)

@@ -43,7 +43,7 @@ resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 lea
             "ValueError: Free memory on device cuda:0 (3.1/79.0 GiB) on startup is less than desired GPU memory "
             "utilization (0.92, 72.7 GiB). Decrease GPU memory utilization",
             "Free memory on device cuda:0",
-            "--gpu-memory-utilization=0.6",
+            "lower metaclaw.vllm.gpu_memory",
         ),
         ("OSError: [Errno 98] Address already in use\n", "Address already in use", "choose another port"),
         ("RuntimeError: operator torchvision::nms does not exist\n", "torchvision", "pip uninstall"),
