@@ -19,7 +19,7 @@ from metaclaw_plugin.gateway.edge import Edge
 from metaclaw_plugin.gateway.identity import CLAIM, KeyFacts
 from metaclaw_plugin.gateway.limits import too_many
 from metaclaw_plugin.gateway.runtime import process_gateway
-from metaclaw_plugin.gateway.upstream import is_listed, tapped_client
+from metaclaw_plugin.gateway.upstream import ask_for_usage, is_listed, tapped_client
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +66,18 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
     if complaint := too_many(data, gateway.settings.gateway):
         raise HTTPException(413, complaint)
     model = data.get("model")
+    listed = isinstance(model, str) and is_listed(model)
     try:
-        await gateway.prepare(current, KeyFacts.of(auth), data, listed=isinstance(model, str) and is_listed(model))
+        await gateway.prepare(current, KeyFacts.of(auth), data, listed)
     except ForbiddenAgentError as error:
         raise HTTPException(403, str(error)) from error
     except UnknownAgentError as error:
         raise HTTPException(404, str(error)) from error
-    except MetaclawError as error:
+    except (MetaclawError, TimeoutError) as error:
         logger.error("a request could not be prepared: %s", error)
         raise HTTPException(503, "the gateway cannot take this request just now; try again") from error
+    if current.dialect == "chat" and data.get("model") != model:
+        ask_for_usage(data)
     return data
 
 

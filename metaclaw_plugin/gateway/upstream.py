@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+from litellm.proxy import proxy_server
+from litellm.proxy.common_request_processing import _stream_usage_tracking_updates
 
 from metaclaw_plugin.capture.transport import TapTransport
 from metaclaw_plugin.gateway.healing import HealingTransport
@@ -24,10 +26,21 @@ def tapped_client() -> Any:
     return AsyncHTTPHandler(transport=TapTransport(healing))
 
 
+def ask_for_usage(data: dict[str, Any]) -> None:
+    """Let LiteLLM ask vLLM for a stream's usage, and hide it, as it does for models that it knows by the client's name.
+
+    Without it, LiteLLM tokenises the whole prompt again after every stream, for its log.
+    """
+    general = proxy_server.general_settings
+    data.update(
+        _stream_usage_tracking_updates(
+            data=data, general_settings=general, route_type="acompletion", supports_stream_options=lambda: True
+        )
+    )
+
+
 def is_listed(model: str) -> bool:
     """Whether a deployment other than ours answers to ``model``: by name, or by a pattern of the owner's."""
-    from litellm.proxy import proxy_server
-
     router = proxy_server.llm_router
     if router is None:
         return False
