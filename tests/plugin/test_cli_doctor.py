@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from metaclaw_plugin.cli.doctor import app
 from metaclaw_plugin.doctor import machine
+from metaclaw_plugin.doctor.agreement import look_at_agreement
 from metaclaw_plugin.doctor.configuration import look_at_configuration
 from metaclaw_plugin.doctor.finding import Finding, Level
 from metaclaw_plugin.doctor.machine import look_at_machine
@@ -134,7 +135,7 @@ def server() -> Iterator[tuple[str, dict[tuple[str, str], tuple[int, Any]]]]:
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
 
-        do_GET = do_POST = _answer  # noqa: N815
+        do_GET = do_POST = do_DELETE = _answer  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             return
@@ -196,6 +197,21 @@ def test_services_that_are_not(
     assert finding.level is Level.FAILURE
     assert seen in finding.seen
     assert finding.remedy
+
+
+@pytest.mark.parametrize(("loss", "level"), [(1.5, Level.OK), (1.9, Level.WARNING), (9.0, Level.FAILURE), (None, None)])
+def test_vllm_and_trainer_are_compared_by_the_log_probabilities_of_one_answer(
+    server: tuple[str, dict[tuple[str, str], tuple[int, Any]]], loss: float | None, level: Level | None
+) -> None:
+    url, answers = server
+    choice = {"token_ids": [3, 4], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -0.5}]}}
+    answers["POST", "/v1/chat/completions"] = (200, {"prompt_token_ids": [1, 2], "choices": [choice]})
+    answers["POST", "/v1/lora/create"] = (200, {"session_id": "run1"})
+    answers["DELETE", "/v1/lora/run1"] = (200, {"status": "ok"})
+    if loss is not None:
+        answers["POST", "/v1/train/forward_backward"] = (200, {"loss": loss, "total_tokens": 2, "num_datums": 1})
+    settings = Settings(vllm=VllmSettings(url=url), rl=RlSettings(remote_url=url))
+    assert [finding.level for finding in look_at_agreement(settings)] == ([level] if level else [])
 
 
 def test_the_exit_code_tells_whether_something_failed(config: Path) -> None:
