@@ -93,7 +93,8 @@ class EndpointEmbedder:
         self._url = url.rstrip("/") + "/embeddings"
         self._model = model
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=timeout)
+        self._client = httpx.Client(headers=headers, timeout=timeout, trust_env=False)
+        self._width: int | None = None  # of the first vectors; others could not be compared with them
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         try:
@@ -105,6 +106,11 @@ class EndpointEmbedder:
             raise SkillError(f"the embeddings endpoint {self._url} did not answer as it should: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise SkillError(f"the embeddings endpoint {self._url} sent {vectors.shape} for {len(texts)} texts")
+        self._width = self._width or vectors.shape[1]
+        if vectors.shape[1] != self._width or not np.isfinite(vectors).all():
+            raise SkillError(
+                f"the embeddings endpoint {self._url} sent vectors that fit no others; restart the gateway"
+            )
         return _unit(vectors)
 
 

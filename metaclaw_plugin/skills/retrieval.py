@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ SEMANTIC_SHARE = 0.7  # of the embeddings in the fused relevance
 SHARE_OF_BEST = 0.6  # a skill less relevant than this share of the best one is not injected beside it
 THRESHOLDS = {"lexical": 0.30, "embeddings": 0.21, "fused": 0.21}  # where benchmarks/skills.py found them best
 EMBED_BATCH = 32  # texts
+EMBED_PAUSE = 30.0  # seconds until an embedder that failed is asked for vectors of skills again
 
 Scores = NDArray[np.float64]  # (D,), one for each skill of a view
 
@@ -58,6 +60,7 @@ class Retriever:
         self._lock = threading.Lock()
         self._vocabulary = Vocabulary()
         self._encoded: dict[tuple[str, str], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+        self._pause_until = 0.0
         self._vectors: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._indexes: dict[str, _Indexed] = {}
 
@@ -93,10 +96,17 @@ class Retriever:
         owners = (self._library.skills_of(owner) for owner in self._library.owners())
         skills = {_key(skill): skill for owner in owners for skill in owner.values()}
         missing = [key for key in skills if key not in self._vectors]
+        if not missing or time.monotonic() < self._pause_until:
+            return 0
         for start in range(0, len(missing), EMBED_BATCH):
             keys = missing[start : start + EMBED_BATCH]
-            for key, vector in zip(keys, self._embedder.embed([_embedded(skills[key]) for key in keys]), strict=True):
-                self._vectors[key] = vector
+            try:
+                made = self._embedder.embed([_embedded(skills[key]) for key in keys])
+            except SkillError as error:
+                log.warning("%d skills have no vector yet: %s", len(missing) - start, error)
+                self._pause_until = time.monotonic() + EMBED_PAUSE
+                return start
+            self._vectors.update(zip(keys, made, strict=True))
         return len(missing)
 
     def _relevance(self, index: _Indexed, query: Query) -> Scores:

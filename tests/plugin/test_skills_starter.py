@@ -60,3 +60,9 @@ def test_no_question_repeats_a_phrase_of_the_skill_that_it_asks_for() -> None:
             own = [skill.description, *skill.body.splitlines(), *skill.triggers.split(",")]
             shared = phrases(row["q"]) & set().union(*map(phrases, own))
             assert not shared, f"{name}: {shared}"
+
+
+def test_the_document_gives_the_numbers_as_they_are() -> None:
+    text = (QUERIES.parents[1] / "docs" / "skills.md").read_text()
+    assert f"the starter set: {len(starter())} skills" in text
+    assert f"{len(yaml.safe_load(QUERIES.read_text()))} labelled questions" in text
