@@ -67,6 +67,8 @@ class Answer:
 
     async def _start(self, message: Message) -> None:
         self.started = True
+        if message["status"] >= 300:
+            self._current.committed = True  # whatever the upstream said, the client gets none of it
         headers = {key.lower(): value for key, value in message.get("headers", ())}
         if self._current.dialect == "messages" and message["status"] >= 400 and b"content-encoding" not in headers:
             self._held_start = message

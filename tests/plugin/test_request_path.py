@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.transport import RECORDING
 from metaclaw_plugin.errors import ForbiddenAgentError, UnknownAgentError
+from metaclaw_plugin.gateway.answer import Answer
 from metaclaw_plugin.gateway.current import CurrentRequest
 from metaclaw_plugin.gateway.identity import CLAIM, KeyFacts
 from metaclaw_plugin.gateway.limits import too_many
@@ -176,3 +177,28 @@ def test_limits_say_what_there_is_too_much_of(settings: Settings, data: dict[str
 @pytest.mark.parametrize("data", [{}, {"messages": [{}] * 3, "tools": [{}] * 2, "input": "x" * 1000}, {"messages": 7}])
 def test_what_is_within_limits_passes(settings: Settings, data: dict[str, Any]) -> None:
     assert too_many(data, settings.gateway) is None
+
+
+@pytest.mark.parametrize(("status", "stored"), [(200, 1), (500, 0)])
+async def test_what_the_client_never_got_is_not_kept(
+    gateway: Gateway, engine: Engine, status: int, stored: int
+) -> None:
+    current, data = request()
+    await gateway.prepare(current, KEY, data, listed=False)
+    gateway.attempt(current, {"model": "m"})
+    assert current.recording is not None
+    current.recording.status = 200
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ho"}, "finish_reason": "stop"}
+    current.recording.reply.add_body({"id": "r", "choices": [choice]})
+    current.recording.end()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        with engine.connect() as c:
+            sent.append((message["type"], c.exec_driver_sql("SELECT count(*) FROM traces").scalar()))
+
+    answer = Answer(current, gateway, send)
+    await answer.take({"type": "http.response.start", "status": status, "headers": []})
+    await answer.take({"type": "http.response.body", "body": b"{}"})
+    gateway.close_request(current)
+    assert sent == [("http.response.start", 0), ("http.response.body", stored)]
