@@ -89,6 +89,8 @@ def _start_here(config: Path | None, only: list[str]) -> None:
             supervisor.run()
         with StartDisplay([service.name for service in services], "Ending") as display:
             supervisor.stop(display.show_children)
+    if not ready:
+        raise typer.Exit(130)  # interrupted before it was ready
 
 
 def _ready_text(settings: Settings, names: Collection[str]) -> str:

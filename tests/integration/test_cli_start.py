@@ -188,6 +188,7 @@ def test_ctrl_c_while_it_starts_ends_all_and_the_next_start_works(house: House, 
             break
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
     assert "Traceback" not in output
     house.wait_until_empty(10)
     assert house.command("start", "--detach").returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,3 +142,26 @@ def test_ctrl_c_is_quiet_and_130(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named() -> None:
     assert "metaclaw-plugin[gateway]" in missing_package(ModuleNotFoundError(name="sqlalchemy.engine"))
     assert "metaclaw-plugin[trainer]" in missing_package(ModuleNotFoundError(name="torch"))
+
+
+def test_logs_shows_the_newest_lines_of_one_or_all(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "gateway.log").write_text("".join(f"gateway {n}\n" for n in range(50)))
+    (logs / "worker.log").write_text("worker 0\n")
+    done = run("logs", "--lines", "2", home=tmp_path)
+    assert done.stdout.splitlines() == ["gateway    gateway 48", "gateway    gateway 49", "worker     worker 0"]
+    assert run("logs", "gateway", "-n", "1", home=tmp_path).stdout == "gateway 49\n"
+    wrong = run("logs", "nobody", home=tmp_path)
+    assert wrong.returncode == 1
+    assert "no log named nobody" in wrong.stderr
+    assert "gateway, worker" in wrong.stderr
+
+
+def test_every_target_of_the_makefile_is_in_its_help() -> None:
+    root = Path(__file__).resolve().parents[2]
+    targets = set(
+        next(line for line in (root / "Makefile").read_text().splitlines() if line.startswith(".PHONY")).split()[1:]
+    )
+    told = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert targets - {"help", "models"} == set(re.findall(r"^make (\w+)", told, re.MULTILINE))
