@@ -40,6 +40,7 @@ from metaclaw_plugin.worker.scoring import Scorer  # noqa: E402
 
 PROMPT, RESPONSE = 400, 80  # tokens of a first turn
 JUDGE_SECONDS = 0.2
+ROUNDS = 20  # of judge calls, one after the other at perfect overlap
 OWN_REWARD = "def score_trace(trace): return 1.0 if len(trace.response_text) < 400 else -1.0\n"
 WORDS = ("the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as", "with")
 
@@ -199,8 +200,8 @@ class _Memory:
 
 
 def judged(concurrency: int) -> dict[str, Any]:
-    """Seconds that 48 judge calls take at this concurrency, and that perfect overlap would take."""
-    calls = 48
+    """Seconds that judge calls take at this concurrency, and that perfect overlap would take."""
+    calls = ROUNDS * concurrency
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     judge = {"model": "m", "url": f"http://127.0.0.1:{server.server_port}/v1", "votes": 1, "concurrency": concurrency}
@@ -208,9 +209,12 @@ def judged(concurrency: int) -> dict[str, Any]:
         weights = {"next_turn": 0, "tool_outcome": 0}
         settings = worker_settings(Path(folder), rewards={"weights": weights, "judge": judge})
         with worker_context(settings) as ctx:
+            scorer = Scorer(ctx)
+            fill(ctx.engine, make_trace(id="warm", session="warm"))
+            asyncio.run(scorer.round())
             fill(ctx.engine, *(make_trace(id=f"t{n}", session=f"s{n}", text=f"reply {n}") for n in range(calls)))
             started = time.perf_counter()
-            scored = asyncio.run(Scorer(ctx).round())
+            scored = asyncio.run(scorer.round())
             seconds = time.perf_counter() - started
     server.shutdown()
     ideal = calls * JUDGE_SECONDS / concurrency
@@ -219,6 +223,7 @@ def judged(concurrency: int) -> dict[str, Any]:
 
 class _Quiet(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 65_536  # head and body in one packet: else Nagle's algorithm adds 40 ms to each answer
 
     def log_message(self, *_: object) -> None:
         return
@@ -233,6 +238,7 @@ class _Quiet(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+        self.wfile.flush()
 
 
 class _Judge(_Quiet):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from metaclaw_hooks.rewards.judge import Spent
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.store.counters import count, read_counters
@@ -23,28 +24,24 @@ class StoreJudgeBook:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def find(self, key: str) -> dict[str, Any] | None:
+    def find(self, key: str, day: str) -> tuple[dict[str, Any] | None, Spent]:
         with self._engine.connect() as c:
             found = c.execute(sa.select(judgements.c.value).where(judgements.c.key == key)).scalar_one_or_none()
-        return None if found is None else dict(found)
+            calls = read_counters(c, _CALLS).get(_CALLS, {}).get(day, 0)
+            microdollars = read_counters(c, _DOLLARS).get(_DOLLARS, {}).get(day, 0)
+        return (None if found is None else dict(found)), Spent(calls, microdollars / 1e6)
+
+    def spend(self, day: str, spent: Spent) -> None:
+        with self._engine.begin() as c:
+            if spent.calls:
+                count(c, _CALLS, day, spent.calls)
+            if spent.dollars:
+                count(c, _DOLLARS, day, round(spent.dollars * 1e6))
 
     def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
         with self._engine.begin() as c:
             values = {"key": key, "trace_id": trace_id, "value": dict(judgement), "at": time.time()}
             c.execute(dialect_insert(c, judgements).values(**values).on_conflict_do_nothing())
-
-    def spent(self, day: str) -> tuple[int, float]:
-        with self._engine.connect() as c:
-            calls = read_counters(c, _CALLS).get(_CALLS, {}).get(day, 0)
-            microdollars = read_counters(c, _DOLLARS).get(_DOLLARS, {}).get(day, 0)
-        return calls, microdollars / 1e6
-
-    def spend(self, day: str, calls: int, dollars: float) -> None:
-        with self._engine.begin() as c:
-            if calls:
-                count(c, _CALLS, day, calls)
-            if dollars:
-                count(c, _DOLLARS, day, round(dollars * 1e6))
 
     def forget_old(self) -> int:
         """Drop judgements of more than thirty days ago, and of traces that were deleted; returns how many."""

@@ -14,7 +14,7 @@ from hook_nouns import make_session, make_trace
 from metaclaw_hooks.errors import HookFailedError
 from metaclaw_hooks.plugins import create_plugin_manager
 from metaclaw_hooks.rewards import judge as module
-from metaclaw_hooks.rewards.judge import JudgeConfig, JudgeReward, Verdict, judgement, read_verdict
+from metaclaw_hooks.rewards.judge import JudgeConfig, JudgeReward, Spent, Verdict, judgement, read_verdict
 from metaclaw_hooks.types import Message, Reward, Trace
 
 ASK: Message = {"role": "user", "content": "When is the meeting?"}
@@ -34,19 +34,16 @@ class Book:
         self.calls = 0
         self.dollars = 0.0
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        return self.kept.get(key)
+    def find(self, key: str, day: str) -> tuple[dict[str, Any] | None, Spent]:
+        return self.kept.get(key), Spent(self.calls, self.dollars)
+
+    def spend(self, day: str, spent: Spent) -> None:
+        self.calls += spent.calls
+        self.dollars += spent.dollars
 
     def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
         self.kept[key] = dict(judgement)
         self.traces.add(trace_id)
-
-    def spent(self, day: str) -> tuple[int, float]:
-        return self.calls, self.dollars
-
-    def spend(self, day: str, calls: int, dollars: float) -> None:
-        self.calls += calls
-        self.dollars += dollars
 
 
 def says(score: Any, hint: str = "", rationale: str = "because") -> str:
@@ -169,6 +166,16 @@ async def test_errors_and_429_are_tried_again_and_the_last_one_is_told(monkeypat
     with pytest.raises(HookFailedError, match=r"3 tries, last: status 429"):
         await busy.score_trace(FIRST, None)
     assert len(asked) == 3
+
+
+async def test_one_vote_that_fails_does_not_silence_the_others() -> None:
+    answers = iter([httpx.Response(500), chat(says(1)), chat(says(1))])
+    plugin, book, _ = judge(lambda _: next(answers))
+    reward = await plugin.score_trace(FIRST, None)
+    assert reward is not None
+    assert reward.value == 1.0
+    assert book.calls == 3
+    assert book.kept == {}
 
 
 async def test_a_wrong_key_is_not_tried_again() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hook_nouns import make_trace
+from metaclaw_hooks.rewards.judge import Spent
 from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
 from worker_stage import fill, rows, worker_context, worker_settings, write_hook
@@ -128,11 +129,10 @@ def test_judgements_are_kept_as_long_as_their_trace_and_money_is_counted(engine:
     book.keep("k1", "t1", {"value": 1.0})
     book.keep("k1", "t1", {"value": -1.0})
     book.keep("k2", "deleted", {"value": 1.0})
-    assert book.find("k1") == {"value": 1.0}
+    assert book.find("k1", "1999-01-01") == ({"value": 1.0}, Spent())
     assert book.forget_old() == 1
-    assert (book.find("k1"), book.find("k2")) == ({"value": 1.0}, None)
+    assert book.find("k2", "1999-01-01")[0] is None
     today = time.strftime("%Y-%m-%d")
-    book.spend(today, 2, 0.25)
-    book.spend(today, 1, 0.0)
-    assert book.spent(today) == (3, 0.25)
-    assert book.spent("1999-01-01") == (0, 0.0)
+    book.spend(today, Spent(2, 0.25))
+    book.spend(today, Spent(1, 0.0))
+    assert book.find("k1", today) == ({"value": 1.0}, Spent(3, 0.25))

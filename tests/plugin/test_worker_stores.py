@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hook_nouns import make_trace
+from metaclaw_hooks.rewards.judge import Spent
 from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import forwarding, leases
@@ -63,5 +64,6 @@ def test_the_judges_book_is_kept(store_url: str, tmp_path: Path) -> None:
     with worker_context(worker_settings(tmp_path, store={"url": store_url})) as ctx:
         book = StoreJudgeBook(ctx.engine)
         book.keep("k", "gone", {"value": 1.0})
-        assert book.find("k") == {"value": 1.0}
+        book.spend("2026-11-22", Spent(1, 0.5))
+        assert book.find("k", "2026-11-22") == ({"value": 1.0}, Spent(1, 0.5))
         assert book.forget_old() == 1

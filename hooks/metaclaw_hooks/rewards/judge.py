@@ -15,7 +15,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,20 +62,29 @@ class Verdict:
     hint: str | None
 
 
+@dataclass(slots=True)
+class Spent:
+    """Calls made, and what they cost in US dollars."""
+
+    calls: int = 0
+    dollars: float = 0.0
+
+    def add(self, other: Spent) -> None:
+        self.calls += other.calls
+        self.dollars += other.dollars
+
+
 class JudgeBook(Protocol):
     """What the judge keeps between processes. Calls are synchronous and short; they run in a thread."""
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """An earlier judgement of the same content."""
+    def find(self, key: str, day: str) -> tuple[dict[str, Any] | None, Spent]:
+        """An earlier judgement of the same content, and what was spent on ``day`` (ISO, UTC)."""
+
+    def spend(self, day: str, spent: Spent) -> None:
+        """Add to what was spent."""
 
     def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
         """Keep a judgement for as long as the trace that it is about."""
-
-    def spent(self, day: str) -> tuple[int, float]:
-        """Calls made and US dollars spent on ``day`` (ISO, UTC)."""
-
-    def spend(self, day: str, calls: int, dollars: float) -> None:
-        """Add to that."""
 
 
 class JudgeReward:
@@ -91,35 +100,59 @@ class JudgeReward:
         self._client: httpx.AsyncClient | None = None
         self._capped_on = ""
         self._plainly = False  # ask without temperature and schema
+        self._booked = Spent()  # today, as far as the book was read
+        self._unbooked = Spent()  # by calls under way
         tries = config.retries + 1
         self.HOOK_TIMEOUT = 4 * (tries * config.timeout + config.retries * _LONGEST_PAUSE)
 
     @hookimpl
     async def score_trace(self, trace: Trace, next_trace: Trace | None) -> Reward | None:
         messages = prompt_messages(trace, next_trace, self._config.rubric)
-        key = self._key(messages)
-        known = await asyncio.to_thread(self._book.find, key)
+        key, day = self._key(messages), _today()
+        known, self._booked = await asyncio.to_thread(self._book.find, key, day)
         if known is None:
-            votes = await asyncio.gather(*(self._vote(messages) for _ in range(self._config.votes)))
-            heard = [vote for vote in votes if vote is not None]
-            if not heard:
-                if await self._capped():
-                    return None
-                raise HookFailedError(f"none of {len(votes)} answers of {self._config.model} was a verdict")
-            known = judgement(heard)
-            if len(heard) == len(votes):  # what came of a bad hour is not kept for ever
+            spent = Spent()
+            votes = await asyncio.gather(
+                *(self._vote(messages, spent) for _ in range(self._config.votes)), return_exceptions=True
+            )
+            await asyncio.to_thread(self._book.spend, day, spent)
+            self._booked_now(day, spent)
+            known = self._judge(votes)
+            if known is None:
+                return None
+            if not any(isinstance(vote, BaseException) or vote is None for vote in votes):
+                # What came of a bad hour is not kept for ever.
                 await asyncio.to_thread(self._book.keep, key, trace.id, known)
         return Reward(SOURCE, known["value"], known["rationale"], known["confidence"], known["hint"])
+
+    def _judge(self, votes: Sequence[Verdict | BaseException | None]) -> dict[str, Any] | None:
+        """What the votes come to; ``None`` if the day's limit left none."""
+        heard = [vote for vote in votes if isinstance(vote, Verdict)]
+        if heard:
+            return judgement(heard)
+        for vote in votes:
+            if isinstance(vote, BaseException):
+                raise vote
+        if self._capped():
+            return None
+        raise HookFailedError(f"none of {len(votes)} answers of {self._config.model} was a verdict")
+
+    def _booked_now(self, day: str, spent: Spent) -> None:
+        """What is in the book is under way no more."""
+        if day == _today():
+            self._booked.add(spent)
+        self._unbooked.add(Spent(-spent.calls, -spent.dollars))
 
     def _key(self, messages: list[dict[str, str]]) -> str:
         config = self._config
         content = [config.model, config.url, config.votes, config.temperature, messages]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    async def _capped(self) -> bool:
+    def _capped(self) -> bool:
         """Whether today's limit is reached; said once a day in the log."""
         config, day = self._config, _today()
-        calls, dollars = await asyncio.to_thread(self._book.spent, day)
+        calls = self._booked.calls + self._unbooked.calls
+        dollars = self._booked.dollars + self._unbooked.dollars
         reached = (config.daily_calls is not None and calls >= config.daily_calls) or (
             config.daily_cost is not None and dollars >= config.daily_cost
         )
@@ -133,18 +166,18 @@ class JudgeReward:
             )
         return reached
 
-    async def _vote(self, messages: list[dict[str, str]]) -> Verdict | None:
+    async def _vote(self, messages: list[dict[str, str]], spent: Spent) -> Verdict | None:
         async with self._room:
             for attempt in range(self._config.retries + 1):
-                if await self._capped():
+                if self._capped():
                     return None
                 try:
-                    answer = await self._ask(messages)
+                    answer = await self._ask(messages, spent)
                 except httpx.HTTPError as error:
                     pause, reason = 0.0, type(error).__name__
                 else:
                     if answer.is_success:
-                        return await self._read(answer)
+                        return self._read(answer, spent)
                     if answer.status_code not in _RETRY_STATUS:
                         raise HookFailedError(
                             f"{self._config.model} answered {answer.status_code}; check the judge's model, url and key"
@@ -156,13 +189,13 @@ class JudgeReward:
             tries = self._config.retries + 1
             raise HookFailedError(f"{self._config.model} did not answer ({tries} tries, last: {reason})")
 
-    async def _ask(self, messages: list[dict[str, str]]) -> httpx.Response:
+    async def _ask(self, messages: list[dict[str, str]], spent: Spent) -> httpx.Response:
         """Ask once. Models differ in what may be set: after a 400 the judge asks without temperature and schema."""
         config = self._config
         asked = {"model": config.model, "messages": messages, "max_tokens": config.max_tokens}
-        answer = await self._post(asked if self._plainly else asked | self._wishes())
+        answer = await self._post(asked if self._plainly else asked | self._wishes(), spent)
         if answer.status_code == 400 and not self._plainly:
-            answer = await self._post(asked)
+            answer = await self._post(asked, spent)
             if answer.is_success:
                 self._plainly = True
                 logger.info("%s takes no temperature or no schema; the judge asks it without", config.model)
@@ -173,11 +206,11 @@ class JudgeReward:
         form = {"type": "json_schema", "json_schema": schema}
         return {"temperature": self._config.temperature, "response_format": form}
 
-    async def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+    async def _post(self, body: Mapping[str, Any], spent: Spent) -> httpx.Response:
         if self._client is None:  # made on the event loop that it is used on
             self._client = httpx.AsyncClient(transport=self._transport, trust_env=False)
         config = self._config
-        await asyncio.to_thread(self._book.spend, _today(), 1, 0.0)
+        self._charge(spent, Spent(calls=1))
         return await self._client.post(
             f"{config.url.rstrip('/')}/chat/completions",
             headers={"authorization": f"Bearer {config.api_key}"} if config.api_key else {},
@@ -185,16 +218,18 @@ class JudgeReward:
             json=body,
         )
 
-    async def _read(self, answer: httpx.Response) -> Verdict | None:
+    def _read(self, answer: httpx.Response, spent: Spent) -> Verdict | None:
         try:
             data = answer.json()
             text = data["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):
             return None
-        dollars = self._cost(answer.headers, data.get("usage"))
-        if dollars > 0:
-            await asyncio.to_thread(self._book.spend, _today(), 0, dollars)
+        self._charge(spent, Spent(dollars=self._cost(answer.headers, data.get("usage"))))
         return read_verdict(text)
+
+    def _charge(self, spent: Spent, more: Spent) -> None:
+        spent.add(more)
+        self._unbooked.add(more)
 
     def _cost(self, headers: Mapping[str, str], usage: Any) -> float:
         """What LiteLLM says that the call cost, else tokens times the configured prices; US dollars."""
