@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from metaclaw_plugin.errors import ConfigError
@@ -38,6 +37,8 @@ def shared_env(settings: Settings, config: Path | None) -> dict[str, str]:
 
 def installed(name: str) -> bool:
     """Whether the distribution ``name`` is installed here."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         distribution(name)
     except PackageNotFoundError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -95,6 +94,8 @@ app = typer.Typer(
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
+    from importlib.metadata import PackageNotFoundError, version
+
     print_line = typer.echo
     print_line(f"metaclaw-plugin {__version__}")
     print_line(f"python {sys.version.split()[0]}")
