@@ -115,10 +115,17 @@ def _put(c: Connection, opinions: Sequence[tuple[str, Reward]], now: float) -> N
     c.execute(statement.on_conflict_do_update(index_elements=["trace_id", "source"], set_=fresh), rows)
 
 
-def open_feedback(c: Connection, limit: int) -> list[Feedback]:
-    """Feedback that is not applied yet, in the order in which it was given."""
-    f = feedback.c
-    found = c.execute(sa.select(feedback).where(f.applied_at.is_(None)).order_by(f.at, f.id).limit(limit))
+def open_feedback(c: Connection, limit: int, waited_since: float) -> list[Feedback]:
+    """Feedback that can be applied now, or was given before ``waited_since``, in the order in which it was given.
+
+    What names no stored trace is left out, so that it cannot stand in the way of the rest.
+    """
+    f, t = feedback.c, traces.c
+    by_id = sa.exists().where(t.id == f.target, t.agent == f.agent)
+    by_response = sa.exists().where(t.response_id == f.target, t.agent == f.agent)
+    ready = sa.or_(by_id, by_response, f.at <= waited_since)
+    query = sa.select(feedback).where(f.applied_at.is_(None), ready).order_by(f.at, f.id).limit(limit)
+    found = c.execute(query)
     return [Feedback(row.id, row.agent, row.target, row.value, row.comment, row.at) for row in found]
 
 

@@ -29,7 +29,7 @@ async def feedback_round(ctx: WorkerContext) -> int:
 
     def waiting() -> list[store.Feedback]:
         with ctx.engine.connect() as c:
-            return store.open_feedback(c, AT_ONCE)
+            return store.open_feedback(c, AT_ONCE, time.time() - FORGET_AFTER)
 
     applied = 0
     for item in await asyncio.to_thread(waiting):

@@ -71,6 +71,9 @@ def test_each_kind_of_evidence_names_a_session(store: Engine, body: dict[str, An
     stranger = ask(store, user("hi"))
     assert (first.session, first.turn, first.exchange) == (second.session, 0, 0)
     assert (second.turn, second.exchange) == (1, 1)
+    with store.connect() as c:
+        name = "0f8fad5b-d9cb-469f-a165-70867728950e" if "user_id" in str(body) else "one"
+        assert find_session(c, ["alpha"], name) == first.session
     assert stranger.session != first.session
 
 
