@@ -31,6 +31,7 @@ from metaclaw_plugin.gateway.sessions import RequestEvidence
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.injection import Injection
 from metaclaw_plugin.skills.library import Library
+from metaclaw_plugin.skills.query import awaits_answer
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import Skill
 
@@ -58,6 +59,7 @@ class Gateway:
         self._library = library
         self._plugins = plugins
         self._store = GroupCommit(engine)
+        self._retriever = retriever
         self._planner = Planner(settings, retriever, self.in_flight)
         writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
         self._keeper = Keeper(settings, writer, plugins, metrics)
@@ -152,11 +154,15 @@ class Gateway:
         return agent
 
     async def _skills_of_plugins(self, agent: str, messages: Sequence[Message]) -> tuple[Skill, ...] | None:
-        """What a plugin chose; ``None`` if none had an opinion."""
+        """What a plugin chose, or retrieval if that takes long; ``None``: left to the planner."""
         view = self._library.view(agent)
         described = Agent(agent, self.settings.mode)
         refs = await self._plugins.call_first("select_skills", agent=described, messages=messages, library=view)
-        return None if refs is None else view.resolve(refs)
+        if refs is not None:
+            return view.resolve(refs)
+        if self._retriever.takes_long and awaits_answer(messages):
+            return await asyncio.to_thread(self._retriever.select, agent, messages)
+        return None
 
     async def _in_store(
         self, decide: Callable[[sa.Connection], T], undo: Callable[[asyncio.Future[T]], None] | None = None

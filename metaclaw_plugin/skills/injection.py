@@ -162,9 +162,13 @@ def _load(c: sa.Connection, session: str) -> list[_Block]:
 
 
 def _places(messages: Sequence[Message]) -> dict[str, int]:
-    """Anchor -> index of the message that carries it; -1: a system message has yet to be made."""
+    """Anchor -> index of the message that carries it; -1: a system message has yet to be made.
+
+    A system message whose content is neither text nor parts is left for the upstream to refuse.
+    """
     head = next((i for i, message in enumerate(messages) if message.get("role") in _SYSTEM_ROLES), -1)
-    places = {SYSTEM: head}
+    usable = head < 0 or isinstance(messages[head].get("content"), str | list | tuple | None)
+    places = {SYSTEM: head} if usable else {}
     seen: Counter[str] = Counter()
     for index in human_indexes(messages):
         digest = hashlib.sha256(message_text(messages[index]).encode("utf-8", "surrogatepass")).hexdigest()[:40]

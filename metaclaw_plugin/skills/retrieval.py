@@ -70,6 +70,11 @@ class Retriever:
         return within_budget(relevant(ranked, self.threshold), self._settings.max_skills, self._settings.max_tokens)
 
     @property
+    def takes_long(self) -> bool:
+        """Whether a selection asks a model or an endpoint: then it has no place inside a transaction."""
+        return self._embedder is not None
+
+    @property
     def threshold(self) -> float:
         """The relevance from which on a skill is injected."""
         wanted = self._settings.min_relevance

@@ -152,6 +152,8 @@ def _delete_sessions(c: Connection, sessions: Sequence[str]) -> DeletionReport:
 def _delete_content(c: Connection, sessions: Sequence[str]) -> DeletionReport:
     if not sessions:
         return DeletionReport()
+    for table in (schema.skill_exposures, schema.skill_support):
+        c.execute(sa.delete(table).where(table.c.session.in_(sessions)))
     return DeletionReport(
         chain=c.execute(sa.delete(schema.chain).where(schema.chain.c.session.in_(sessions))).rowcount,
         injections=c.execute(sa.delete(schema.injections).where(schema.injections.c.session.in_(sessions))).rowcount,

@@ -25,7 +25,9 @@ from metaclaw_plugin.skills.upkeep import SkillKeeper
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.agents import get_record, remove_agent
 from metaclaw_plugin.store.counters import read_counters
+from metaclaw_plugin.store.deletion import delete_all
 from metaclaw_plugin.store.forwarding import mark_merged, mergeable
+from metaclaw_plugin.store.traces import TraceFilter
 from metaclaw_plugin.worker.context import WorkerContext
 from tests.plugin.test_skills_library import put
 from tests.store_cases import a_trace
@@ -380,3 +382,17 @@ def test_broken_skill_files_are_counted_where_all_can_see_it(tmp_path: Path) -> 
         once(ctx)
         with ctx.engine.connect() as c:
             assert read_counters(c)["skill_files_broken"] == {"alpha/greet": 1}
+
+
+def test_deleting_a_sessions_traces_takes_what_was_kept_of_it_for_skills(tmp_path: Path) -> None:
+    with stage(tmp_path, Evolver(says([])), min_failures=5, every_turns=None) as ctx:
+        fill(ctx.engine, talk(0), talk(1, session="ses-1"))
+        scored(ctx, tr_0=-0.5, tr_1=-0.5)
+        with ctx.engine.begin() as c:
+            assert len(reserve_support(c, ALPHA, ctx.settings.skills.evolution, time.time())) == 2
+            row = {"skill": "s", "agent": "alpha", "version": "v", "shared": False, "withheld": False}
+            c.execute(sa.insert(schema.skill_exposures).values(**row, session="ses-0", exchange=0, at=1.0))
+        delete_all(ctx.engine, TraceFilter(agent="alpha", session="ses-0"))
+        with ctx.engine.connect() as c:
+            assert c.execute(sa.select(schema.skill_support.c.session)).scalars().all() == ["ses-1"]
+            assert c.execute(sa.select(schema.skill_exposures.c.session)).scalars().all() == []

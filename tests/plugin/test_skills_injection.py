@@ -246,3 +246,10 @@ def test_the_withheld_share_is_what_was_asked_for() -> None:
     for share in (0.0, 0.05, 0.5):
         withheld = sum(is_withheld(f"session-{i}", "a", share) for i in range(20_000)) / 20_000
         assert withheld == pytest.approx(share, abs=0.012)
+
+
+def test_a_system_prompt_that_is_no_prompt_is_left_for_the_upstream_to_refuse(store: Engine) -> None:
+    messages = [{"role": "system", "content": 5}, {"role": "user", "content": "one"}]
+    result = plan(store, FakeTurn(), messages, skill("a"))
+    assert result.messages == messages
+    assert result.skills == ()
