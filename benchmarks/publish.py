@@ -122,7 +122,14 @@ class Streams:
             if any(telltale.speaks(text) for telltale in self._spoken.values()):
                 self.tally.wrong.append(f"the base model spoke as an adapter: {text[:80]!r}")
         elif not version.startswith(f"{agent}@v") or not self._spoken[version].speaks(text):
-            self.tally.wrong.append(f"{agent} was told {version}, and heard {text[:80]!r}")
+            self._blame(agent, version, text)
+
+    def _blame(self, agent: str, version: str, text: str) -> None:
+        """Note who spoke instead."""
+        others = [name for name, telltale in self._spoken.items() if not telltale.words.isdisjoint(text.split())]
+        said = f"{agent} was told {version}, and heard {', '.join(others) or 'the base model'}: {text[:80]!r}"
+        self.tally.wrong.append(said)
+        print(said, flush=True)
 
 
 class Publishing:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 from metaclaw_hooks.plugins import Plugins, create_plugin_manager
-from metaclaw_hooks.types import AdapterVersion, Agent, Kind, Mode, Sampling, Trace
-from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
-from metaclaw_trainer.reconcile import Reconciler
-from metaclaw_trainer.store import open_store as open_trainer_store
-from metaclaw_trainer.versions import StoredVersions
-from metaclaw_trainer.vllm_client import VllmClient
+from metaclaw_hooks.types import Agent, Kind, Mode, Sampling, Trace
 from sqlalchemy.engine import Engine
 
-from benchmarks.telltale import Telltale, TelltaleMaker
+from benchmarks.telltale import TelltaleMaker
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest, Plan
 from metaclaw_plugin.gateway.healing import HealingTransport
 from metaclaw_plugin.gateway.routing import InFlight, Route
@@ -35,53 +30,12 @@ from metaclaw_plugin.worker.evaluation import Evaluator
 from metaclaw_plugin.worker.publishing import Publisher
 from metaclaw_plugin.worker.sampling import Sampler
 from metaclaw_plugin.worker.verdicts import decide
-from tests.conftest import VllmProcess
+from tests.publish_trainer import LocalTrainer
+from tests.vllm_server import VllmProcess
 
 pytestmark = pytest.mark.vllm
 
 SHORT = "def score_trace(trace):\n    return 1.0 if len(trace.response_text) < 40 else -1.0\n"
-
-
-class LocalTrainer:
-    """The trainer's rooms for versions and for vLLM, without its process and its model."""
-
-    def __init__(self, folder: Path, url: str) -> None:
-        self.versions_ = StoredVersions(open_trainer_store(f"sqlite:///{folder / 'queue.db'}"), "test")
-        self.reconciler = Reconciler([VllmClient(url)], self.versions_.served, folder)
-        self.heads: list[tuple[str, int]] = []
-
-    async def versions(self, after: int) -> list[VersionBody]:
-        return self.versions_.after(after)
-
-    async def set_served(self, versions: Sequence[str]) -> ServedReply:
-        def bring() -> ServedReply:
-            unknown = self.versions_.set_served(versions)
-            held, failed = self.reconciler.outcome(versions, self.reconciler.once(retry_refused=True))
-            reasons = (unknown | failed).items()
-            return ServedReply(held=held, failed=[Refusal(id=name, reason=reason) for name, reason in reasons])
-
-        return await asyncio.to_thread(bring)
-
-    async def set_head(self, agent: str, version: int) -> None:
-        self.heads.append((agent, version))
-        self.versions_.put_head(agent, version)
-
-    def commit(self, agent: str, telltale: Telltale) -> None:
-        head = self.versions_.head(agent)
-        version = AdapterVersion(
-            agent=agent,
-            number=head.newest + 1,
-            base_model="tiny",
-            parent=head.head,
-            trace_ids=(),
-            step=head.newest + 1,
-            metrics={},
-            sha256=telltale.sha256,
-            libraries={},
-            path=str(telltale.path),
-            created_at=time.time(),
-        )
-        assert self.versions_.commit(version, [], head.generation)
 
 
 @dataclass
