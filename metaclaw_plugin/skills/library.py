@@ -167,28 +167,28 @@ class Library:
             self._counts["skill_library_too_large", owner] += 1
         entries: dict[str, _Entry] = {}
         for name in names[:MAX_SKILLS]:
-            entry = self._read(owner, folder / name, known.get(name))
+            entry = self._read(owner, f"{folder}/{name}", name, known.get(name))
             if entry is not None:
                 entries[name] = entry
         return entries
 
-    def _read(self, owner: str, folder: Path, known: _Entry | None) -> _Entry | None:
+    def _read(self, owner: str, folder: str, name: str, known: _Entry | None) -> _Entry | None:
         """The entry of one folder; ``None`` if there is no skill in it at all."""
         stamp: _Stamp = (0, 0, 0, 0)
         try:
-            status = (folder / FILE_NAME).stat()
+            status = os.stat(f"{folder}/{FILE_NAME}")  # noqa: PTH116 - a Path costs more than the look itself
             stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             if known is not None and known.stamp == stamp:
                 return known
-            skill = parse_skill(_bytes(folder, self._root, status), folder.name, owner)
+            skill = parse_skill(_bytes(Path(folder), self._root, status), name, owner)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (SkillError, OSError) as error:
             cause = str(error) if isinstance(error, SkillError) else f"cannot be read: {error.strerror}"
             if known is not None and known.problem == cause:
                 return known if known.stamp == stamp else _Entry(stamp, known.skill, cause)
-            log.error("skill %s/%s: %s", owner, folder.name, cause)
-            self._counts["skill_files_broken", f"{owner}/{folder.name}"[:200]] += 1
+            log.error("skill %s/%s: %s", owner, name, cause)
+            self._counts["skill_files_broken", f"{owner}/{name}"[:200]] += 1
             return _Entry(stamp, known.skill if known else None, cause)
         return _Entry(stamp, skill, None)
 
