@@ -14,11 +14,13 @@ from pydantic import BaseModel
 
 from metaclaw_plugin.cli.hooks import app as hooks_app
 from metaclaw_plugin.cli.rewards import app as rewards_app
+from metaclaw_plugin.gateway.runtime import HOOKS as GATEWAY_HOOKS
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.worker.wiring import WORKER_HOOKS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+TRAINER = (ROOT / "trainer" / "metaclaw_trainer" / "process.py").read_text(encoding="utf-8")  # to import it takes torch
 SPECS = ast.parse(inspect.getsource(hookspecs))
 
 
@@ -46,7 +48,13 @@ def test_no_hook_is_documented_that_there_is_not() -> None:
 
 
 def test_each_hook_stands_under_the_process_that_calls_it() -> None:
-    assert set(re.findall(r"^### ([a-z_]+)$", section("In the worker"), re.M)) == set(WORKER_HOOKS)
+    [trainer] = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(TRAINER).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRAINER_HOOKS"
+    ]
+    for title, hooks in (("gateway", GATEWAY_HOOKS), ("worker", WORKER_HOOKS), ("trainer", trainer)):
+        assert set(re.findall(r"^### ([a-z_]+)$", section(f"In the {title}"), re.M)) == set(hooks)
 
 
 def _settings() -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ from metaclaw_trainer.vllm_client import VllmClient
 
 log = logging.getLogger(__name__)
 
+TRAINER_HOOKS = ("accept_sample", "compute_advantages", "register_losses", "after_step")
 STOP_SECONDS = 20.0  # for a running step to end by itself
 
 
@@ -68,7 +69,7 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
         vllm=clients,
         reconciler=reconciler,
         sampler=Sampler(clients, runs, versions, reconciler, vocabulary),
-        plugins=create_plugin_manager(settings.plugins_path, settings.hook_timeout),
+        plugins=create_plugin_manager(settings.plugins_path, settings.hook_timeout, wanted=TRAINER_HOOKS),
         metrics=Metrics(),
         device=device,
     )
