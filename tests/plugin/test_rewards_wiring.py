@@ -191,7 +191,7 @@ async def test_feedback_that_names_nothing_is_dropped_after_a_week_and_counted(t
             store.add_feedback(c, "alpha", "nothing", 1.0, "", time.time() - 8 * 86_400)
         await feedback_round(ctx)
         with ctx.engine.connect() as c:
-            assert store.open_feedback(c, 10) == []
+            assert store.open_feedback(c, 10, time.time()) == []
             assert read_counters(c, "feedback_unmatched") == {"feedback_unmatched": {"alpha": 1}}
 
 
