@@ -19,8 +19,8 @@ _stamp = sa.Table("alembic_version", sa.MetaData(), sa.Column("version_num", sa.
 
 
 def is_up_to_date(c: Connection) -> bool:
-    """Whether the store has this release's tables; reads only."""
-    return _revision(c) == HEAD and all(sa.inspect(c).has_table(table.name) for table in metadata.sorted_tables)
+    """Whether the store is of this release; reads only."""
+    return _revision(c) == HEAD
 
 
 def bring_up_to_date(c: Connection) -> None:
@@ -33,7 +33,6 @@ def bring_up_to_date(c: Connection) -> None:
     """
     found = _revision(c)
     if found == HEAD:
-        metadata.create_all(c, checkfirst=True)
         return
     if found is not None:
         _run_revisions(c, found)
