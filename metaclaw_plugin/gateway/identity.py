@@ -105,8 +105,8 @@ def choose_agent(identity: Identity, headers: Mapping[str, str], model: str | No
         raise ForbiddenAgentError(f"x-agent-id says {named!r}, the model says {asked!r}; send one of them")
     if identity.refused and not identity.agents:
         raise ForbiddenAgentError(
-            f"agent {identity.refused[0]!r} belongs to another owner; an admin may hand it over with "
-            f"`metaclaw agents owner {identity.refused[0]}`"
+            f"agent {identity.refused[0]!r} belongs to another owner, or did; an admin may hand it over with "
+            f"`metaclaw agents owner {identity.refused[0]} OWNER` (add it first if it was removed)"
         )
     return named or asked or (identity.agents[0] if identity.agents else None)
 

@@ -132,11 +132,15 @@ def set_owner(c: Connection, name: str, owner: str | None) -> None:
 def claim_agent(c: Connection, name: str, owner: str) -> bool:
     """Whether ``owner`` has the agent ``name``: it is new, unclaimed and without keys of ours, or already theirs.
 
+    A name under which something is left of an agent that was removed is not new.
+
     Raises:
         InvalidNameError: if it is no slug.
     """
     found = c.execute(_BY_NAME, {"name": slug(name)}).one_or_none()
     if found is None:
+        if _has_left_something(c, name):
+            return False
         row: dict[str, Any] = {"name": name, "mode": None, "settings": {}, "owner": owner, "created_at": time.time()}
         if insert_or_ignore(c, schema.agents, [row]):
             return True
@@ -260,6 +264,11 @@ def hash_key(secret: str) -> str:
 def _record(row: Row[Any]) -> AgentRecord:
     mode = None if row.mode is None else Mode(row.mode)
     return AgentRecord(row.name, mode, row.skill_generation, row.record, row.settings, row.owner, row.created_at)
+
+
+def _has_left_something(c: Connection, name: str) -> bool:
+    tables = (schema.traces, schema.sessions, schema.adapters)
+    return any(c.execute(sa.select(sa.literal(1)).where(t.c.agent == name).limit(1)).first() for t in tables)
 
 
 def _update(c: Connection, name: str, **values: Any) -> None:

@@ -10,6 +10,9 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import AgentExistsError, UnknownAgentError, UnknownKeyError
 from metaclaw_plugin.store import agents, schema
+from metaclaw_plugin.store.deletion import delete_traces
+from metaclaw_plugin.store.traces import TraceFilter, insert_traces
+from tests.store_cases import a_trace
 
 
 def test_agent_is_added_once(store: Engine) -> None:
@@ -152,3 +155,18 @@ def test_law_4_an_agent_with_keys_of_ours_cannot_be_claimed(store: Engine) -> No
         assert not agents.claim_agent(c, "alpha", "user:eve")
         agents.revoke_key(c, key.id)
         assert agents.claim_agent(c, "alpha", "user:ann")
+
+
+@pytest.mark.law(4)
+def test_law_4_whoever_claims_the_name_of_a_removed_agent_does_not_inherit_its_traces(store: Engine) -> None:
+    with store.begin() as c:
+        assert agents.claim_agent(c, "alpha", "team:red")
+        insert_traces(c, [a_trace()])
+        agents.remove_agent(c, "alpha")
+        for owner in ("team:blue", "team:red"):
+            assert not agents.claim_agent(c, "alpha", owner)
+        agents.add_agent(c, "alpha", owner="team:blue")
+        assert agents.claim_agent(c, "alpha", "team:blue")
+        agents.remove_agent(c, "alpha")
+        delete_traces(c, TraceFilter(agent="alpha"))
+        assert agents.claim_agent(c, "alpha", "team:red")
