@@ -40,7 +40,7 @@ from metaclaw_plugin.worker.scoring import Scorer  # noqa: E402
 
 PROMPT, RESPONSE = 400, 80  # tokens of a first turn
 JUDGE_SECONDS = 0.2
-ROUNDS = 20  # of judge calls, one after the other at perfect overlap
+ROUNDS = 12  # of judge calls, one after the other at perfect overlap
 OWN_REWARD = "def score_trace(trace): return 1.0 if len(trace.response_text) < 400 else -1.0\n"
 WORDS = ("the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as", "with")
 

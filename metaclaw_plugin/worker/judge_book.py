@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from metaclaw_hooks.rewards.judge import Spent
+from metaclaw_hooks.rewards.judge import Judgement, Spent
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.store.counters import count, read_counters
@@ -31,17 +30,18 @@ class StoreJudgeBook:
             microdollars = read_counters(c, _DOLLARS).get(_DOLLARS, {}).get(day, 0)
         return (None if found is None else dict(found)), Spent(calls, microdollars / 1e6)
 
-    def spend(self, day: str, spent: Spent) -> None:
+    def enter(self, day: str, spent: Spent, judgement: Judgement | None) -> None:
+        if not spent.calls and judgement is None:
+            return
         with self._engine.begin() as c:
             if spent.calls:
                 count(c, _CALLS, day, spent.calls)
             if spent.dollars:
                 count(c, _DOLLARS, day, round(spent.dollars * 1e6))
-
-    def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
-        with self._engine.begin() as c:
-            values = {"key": key, "trace_id": trace_id, "value": dict(judgement), "at": time.time()}
-            c.execute(dialect_insert(c, judgements).values(**values).on_conflict_do_nothing())
+            if judgement is not None:
+                result = dict(judgement.result)
+                values = {"key": judgement.key, "trace_id": judgement.trace_id, "value": result, "at": time.time()}
+                c.execute(dialect_insert(c, judgements).values(**values).on_conflict_do_nothing())
 
     def forget_old(self) -> int:
         """Drop judgements of more than thirty days ago, and of traces that were deleted; returns how many."""

@@ -34,6 +34,7 @@ from metaclaw_plugin.worker.policy import RewardPlan, Wait, plan_all, plan_rewar
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.5  # seconds between looks for new or edited plugin files
+GROUP = 0.02  # seconds in which further results may join one transaction
 KNOWN_OUTCOMES = 256  # of whole sessions, held in memory
 
 
@@ -71,6 +72,8 @@ class Scorer:
                 if not pending:
                     return scored
                 await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if not all(task.done() for task in pending):
+                    await asyncio.sleep(GROUP)
                 finished = {task for task in pending if task.done()}
                 pending -= finished
                 scored += await asyncio.to_thread(self._store, [task.result() for task in finished])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ from hook_nouns import make_session, make_trace
 from metaclaw_hooks.errors import HookFailedError
 from metaclaw_hooks.plugins import create_plugin_manager
 from metaclaw_hooks.rewards import judge as module
-from metaclaw_hooks.rewards.judge import JudgeConfig, JudgeReward, Spent, Verdict, judgement, read_verdict
+from metaclaw_hooks.rewards.judge import JudgeConfig, Judgement, JudgeReward, Spent, Verdict, judgement, read_verdict
 from metaclaw_hooks.types import Message, Reward, Trace
 
 ASK: Message = {"role": "user", "content": "When is the meeting?"}
@@ -37,13 +37,12 @@ class Book:
     def find(self, key: str, day: str) -> tuple[dict[str, Any] | None, Spent]:
         return self.kept.get(key), Spent(self.calls, self.dollars)
 
-    def spend(self, day: str, spent: Spent) -> None:
+    def enter(self, day: str, spent: Spent, judgement: Judgement | None) -> None:
         self.calls += spent.calls
         self.dollars += spent.dollars
-
-    def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
-        self.kept[key] = dict(judgement)
-        self.traces.add(trace_id)
+        if judgement is not None:
+            self.kept[judgement.key] = dict(judgement.result)
+            self.traces.add(judgement.trace_id)
 
 
 def says(score: Any, hint: str = "", rationale: str = "because") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hook_nouns import make_trace
-from metaclaw_hooks.rewards.judge import Spent
+from metaclaw_hooks.rewards.judge import Judgement, Spent
 from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
 from worker_stage import fill, rows, worker_context, worker_settings, write_hook
@@ -126,13 +126,12 @@ def test_rewards_can_be_tried_without_a_trace_of_it(home: Path, engine: Engine) 
 
 def test_judgements_are_kept_as_long_as_their_trace_and_money_is_counted(engine: Engine) -> None:
     book = StoreJudgeBook(engine)
-    book.keep("k1", "t1", {"value": 1.0})
-    book.keep("k1", "t1", {"value": -1.0})
-    book.keep("k2", "deleted", {"value": 1.0})
+    for key, trace, value in (("k1", "t1", 1.0), ("k1", "t1", -1.0), ("k2", "deleted", 1.0)):
+        book.enter("2001-01-01", Spent(), Judgement(key, trace, {"value": value}))
     assert book.find("k1", "1999-01-01") == ({"value": 1.0}, Spent())
     assert book.forget_old() == 1
     assert book.find("k2", "1999-01-01")[0] is None
     today = time.strftime("%Y-%m-%d")
-    book.spend(today, Spent(2, 0.25))
-    book.spend(today, Spent(1, 0.0))
+    book.enter(today, Spent(2, 0.25), None)
+    book.enter(today, Spent(1, 0.0), None)
     assert book.find("k1", today) == ({"value": 1.0}, Spent(3, 0.25))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hook_nouns import make_trace
-from metaclaw_hooks.rewards.judge import Spent
+from metaclaw_hooks.rewards.judge import Judgement, Spent
 from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import forwarding, leases
@@ -63,7 +63,6 @@ def test_a_lease_is_one_owners_until_it_ends_or_is_given_back(store_url: str, tm
 def test_the_judges_book_is_kept(store_url: str, tmp_path: Path) -> None:
     with worker_context(worker_settings(tmp_path, store={"url": store_url})) as ctx:
         book = StoreJudgeBook(ctx.engine)
-        book.keep("k", "gone", {"value": 1.0})
-        book.spend("2026-11-22", Spent(1, 0.5))
+        book.enter("2026-11-22", Spent(1, 0.5), Judgement("k", "gone", {"value": 1.0}))
         assert book.find("k", "2026-11-22") == ({"value": 1.0}, Spent(1, 0.5))
         assert book.forget_old() == 1

@@ -74,17 +74,23 @@ class Spent:
         self.dollars += other.dollars
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What came of the votes on one content."""
+
+    key: str  # sha256 of all that the judge was shown and how it was asked
+    trace_id: str
+    result: Mapping[str, Any]  # value, confidence, rationale, hint
+
+
 class JudgeBook(Protocol):
     """What the judge keeps between processes. Calls are synchronous and short; they run in a thread."""
 
     def find(self, key: str, day: str) -> tuple[dict[str, Any] | None, Spent]:
         """An earlier judgement of the same content, and what was spent on ``day`` (ISO, UTC)."""
 
-    def spend(self, day: str, spent: Spent) -> None:
-        """Add to what was spent."""
-
-    def keep(self, key: str, trace_id: str, judgement: Mapping[str, Any]) -> None:
-        """Keep a judgement for as long as the trace that it is about."""
+    def enter(self, day: str, spent: Spent, judgement: Judgement | None) -> None:
+        """Add to what was spent, and keep a judgement for as long as the trace that it is about; both or neither."""
 
 
 class JudgeReward:
@@ -115,27 +121,24 @@ class JudgeReward:
             votes = await asyncio.gather(
                 *(self._vote(messages, spent) for _ in range(self._config.votes)), return_exceptions=True
             )
-            await asyncio.to_thread(self._book.spend, day, spent)
+            heard = [vote for vote in votes if isinstance(vote, Verdict)]
+            known = judgement(heard) if heard else None
+            # What came of a bad hour is not kept for ever.
+            kept = Judgement(key, trace.id, known) if known and len(heard) == len(votes) else None
+            await asyncio.to_thread(self._book.enter, day, spent, kept)
             self._booked_now(day, spent)
-            known = self._judge(votes)
             if known is None:
+                self._tell_why(votes)
                 return None
-            if not any(isinstance(vote, BaseException) or vote is None for vote in votes):
-                # What came of a bad hour is not kept for ever.
-                await asyncio.to_thread(self._book.keep, key, trace.id, known)
         return Reward(SOURCE, known["value"], known["rationale"], known["confidence"], known["hint"])
 
-    def _judge(self, votes: Sequence[Verdict | BaseException | None]) -> dict[str, Any] | None:
-        """What the votes come to; ``None`` if the day's limit left none."""
-        heard = [vote for vote in votes if isinstance(vote, Verdict)]
-        if heard:
-            return judgement(heard)
+    def _tell_why(self, votes: Sequence[Verdict | BaseException | None]) -> None:
+        """Without any vote: the day's limit is no failure, all else is."""
         for vote in votes:
             if isinstance(vote, BaseException):
                 raise vote
-        if self._capped():
-            return None
-        raise HookFailedError(f"none of {len(votes)} answers of {self._config.model} was a verdict")
+        if not self._capped():
+            raise HookFailedError(f"none of {len(votes)} answers of {self._config.model} was a verdict")
 
     def _booked_now(self, day: str, spent: Spent) -> None:
         """What is in the book is under way no more."""
