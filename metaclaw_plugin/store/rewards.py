@@ -147,6 +147,14 @@ def close_feedback(c: Connection, feedback_id: str, now: float) -> None:
     c.execute(sa.update(feedback).where(feedback.c.id == feedback_id).values(applied_at=now))
 
 
+def hold_trace(c: Connection, trace_id: str) -> None:
+    """Wait for whoever is storing an outcome of this trace, and keep others from it until the transaction ends.
+
+    So an opinion is either seen by the outcome that is being stored, or comes after it (SQLite has one writer anyway).
+    """
+    c.execute(sa.select(traces.c.seq).where(traces.c.id == trace_id).with_for_update())
+
+
 def replace_reward(c: Connection, trace_id: str, combined: float, now: float) -> bool:
     """Put ``combined`` in the place of what a trace had; false while it still waits to be scored."""
     t = traces.c

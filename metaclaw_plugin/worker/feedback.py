@@ -56,6 +56,7 @@ def _enter(ctx: WorkerContext, item: store.Feedback) -> tuple[Trace, tuple[Rewar
             count(c, "feedback_unmatched", item.agent)
             store.close_feedback(c, item.id, now)
             return None
+        store.hold_trace(c, target)
         store.put_rewards(c, target, [feedback_reward(item.value, item.comment)], now)
         return get_trace(c, target), rewards_of(c, target)
 
