@@ -50,6 +50,12 @@ class Recording:
         """Whether any part of an answer passed."""
         return self.status is not None and self.status < 300 and bool(self.reply.choices)
 
+    def begin(self) -> None:
+        """A request goes out: LiteLLM sends it once more by itself when a connection turns out to be dead."""
+        self.status, self.reply, self.first_token_at = None, Reply(), None
+        self.complete = self.over = False
+        self.finished_at = None
+
     def end(self) -> None:
         """Nothing more will come."""
         if not self.over:
@@ -76,6 +82,7 @@ class TapTransport(httpx.AsyncBaseTransport):
         if not recording.kept:
             recording.end()
             return await self._inner.handle_async_request(request)
+        recording.begin()
         request.headers["accept-encoding"] = "identity"
         recording.request_body = await request.aread()
         try:

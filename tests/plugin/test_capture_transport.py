@@ -222,3 +222,27 @@ async def test_the_upstream_is_asked_for_the_model_of_the_route(body: bytes, kep
     assert json.loads(sent) == json.loads(body) | {"model": "alpha@v3"}
     assert int(upstream.request.headers["content-length"]) == len(sent)
     assert recording.request_body == (sent if kept else b"")
+
+
+@pytest.mark.law(3)
+async def test_a_request_that_is_sent_again_over_a_new_connection_is_recorded_anew() -> None:
+    case = RECORDED[TEXT_STREAM]
+    recording = recording_for(case)
+    with pytest.raises(httpx.ReadError):
+        half = [*(piece.encode() for piece in case["rich"][:2]), httpx.ReadError("gone")]
+        await pass_through(Upstream(half, content_type=case["type"]), recording)
+    upstream = Upstream([piece.encode() for piece in case["rich"]], content_type=case["type"])
+    token = RECORDING.set(recording)
+    try:
+        response = await TapTransport(upstream).handle_async_request(httpx.Request("POST", "http://u/", content=b"{}"))
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        over = []
+        async for _ in response.stream:
+            over.append(recording.over)
+    finally:
+        RECORDING.reset(token)
+    assert over == [False] * (len(case["rich"]) - 1) + [True]
+    alone = recording_for(case)
+    await pass_through(upstream, alone)
+    assert recording.reply == alone.reply
+    assert recording.complete
