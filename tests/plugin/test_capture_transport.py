@@ -228,8 +228,8 @@ async def test_the_upstream_is_asked_for_the_model_of_the_route(body: bytes, kep
 async def test_a_request_that_is_sent_again_over_a_new_connection_is_recorded_anew() -> None:
     case = RECORDED[TEXT_STREAM]
     recording = recording_for(case)
+    half = [*(piece.encode() for piece in case["rich"][:2]), httpx.ReadError("gone")]
     with pytest.raises(httpx.ReadError):
-        half = [*(piece.encode() for piece in case["rich"][:2]), httpx.ReadError("gone")]
         await pass_through(Upstream(half, content_type=case["type"]), recording)
     upstream = Upstream([piece.encode() for piece in case["rich"]], content_type=case["type"])
     token = RECORDING.set(recording)
