@@ -86,7 +86,7 @@ class WorkerSettings(Section):
     """The process that scores, forwards and publishes."""
 
     poll_interval: float = Field(0.5, gt=0, description="Seconds between looks for work when there is none.")
-    concurrency: int = Field(64, ge=1, le=4096, description="Traces scored at the same time.")
+    concurrency: int = Field(128, ge=2, le=4096, description="Traces scored at once; half of them of one agent.")
     evidence_timeout: float = Field(
         600.0, ge=0, description="Seconds after which a reply is scored without having seen what followed."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,29 +59,37 @@ class Scorer:
         self._outcomes: OrderedDict[tuple[str, str], asyncio.Task[Reward | None]] = OrderedDict()
 
     async def round(self) -> int:
-        """Score all that is ready; returns how many traces that were."""
-        capacity = self._ctx.settings.worker.concurrency
-        pending: set[asyncio.Task[Outcome]] = set()
+        """Score all that is ready; returns how many traces that were.
+
+        No agent has more than half of the places, so that one whose rewards are slow does not hold up the others.
+        """
+        share = max(1, self._ctx.settings.worker.concurrency // 2)
+        poll = self._ctx.settings.worker.poll_interval
+        pending: dict[asyncio.Task[Outcome], str] = {}
         scored = 0
         try:
             while True:
-                if len(pending) <= capacity // 2:
-                    claimed, broken = await asyncio.to_thread(self._claim, capacity - len(pending))
-                    pending |= {asyncio.create_task(self.score(item)) for item in claimed}
+                if room := len(pending) <= share:
+                    places = Counter(pending.values())
+                    full = [agent for agent, taken in places.items() if 2 * taken > share]
+                    claimed, broken = await asyncio.to_thread(self._claim, share, full)
+                    pending |= {asyncio.create_task(self.score(item)): item.trace.agent for item in claimed}
                     scored += await asyncio.to_thread(self._store, broken) if broken else 0
                 if not pending:
                     return scored
-                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(pending, timeout=poll if room else None, return_when=asyncio.FIRST_COMPLETED)
                 if not all(task.done() for task in pending):
                     await asyncio.sleep(GROUP)
-                finished = {task for task in pending if task.done()}
-                pending -= finished
-                scored += await asyncio.to_thread(self._store, [task.result() for task in finished])
+                finished = [task for task in pending if task.done()]
+                for task in finished:
+                    del pending[task]
+                if finished:
+                    scored += await asyncio.to_thread(self._store, [task.result() for task in finished])
         finally:
             for task in pending:
                 task.cancel()
 
-    def _claim(self, limit: int) -> tuple[list[Claimed], list[Outcome]]:
+    def _claim(self, limit: int, not_of: Sequence[str]) -> tuple[list[Claimed], list[Outcome]]:
         if time.monotonic() > self._looked_at + LOOK_EVERY:
             self._ctx.plugins.refresh()
             self._looked_at = time.monotonic()
@@ -95,6 +103,7 @@ class Scorer:
                 immediate=self._that_wait_for(Wait.NOTHING),
                 whole_session=self._that_wait_for(Wait.CLOSED),
             )
+            ready = sa.and_(ready, traces.c.agent.not_in(not_of))
             if c.execute(sa.select(traces.c.seq).where(ready).limit(1)).first() is None:
                 return [], []  # looking must not take the write lock that the gateway commits under
         until = now + settings.worker.lease + 2 * self._ctx.plugins.longest_call

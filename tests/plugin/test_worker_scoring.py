@@ -210,3 +210,20 @@ def test_the_mean_is_weighed_by_weight_and_confidence() -> None:
 def test_the_hint_of_the_surest_is_kept() -> None:
     assert best_hint([Reward("a", 0, hint="x", confidence=0.2), Reward("b", 0, hint="y")]) == "y"
     assert best_hint([Reward("a", 0)]) is None
+
+
+@pytest.mark.law(5)
+async def test_an_agent_whose_rewards_hang_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    write_hook(tmp_path, "slow/r", "import asyncio\nasync def score_trace(trace):\n    await asyncio.sleep(60)\n")
+    write_hook(tmp_path, "quick/r", "def score_trace(trace): return 0.5\n")
+    settings = worker_settings(tmp_path, worker={"concurrency": 4})
+    with worker_context(settings) as ctx:
+        fill(ctx.engine, *(make_trace(id=f"s{n}", agent="slow", session=f"s{n}") for n in range(10)))
+        fill(ctx.engine, *(make_trace(id=f"q{n}", agent="quick", session=f"q{n}") for n in range(10)))
+        running = asyncio.create_task(Scorer(ctx).round())
+        for _ in range(500):
+            if rows(ctx.engine, "reward", agent="quick") == [(0.5,)] * 10:
+                break
+            await asyncio.sleep(0.02)
+        assert rows(ctx.engine, "reward", agent="quick") == [(0.5,)] * 10
+        running.cancel()
