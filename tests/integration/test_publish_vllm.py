@@ -263,3 +263,23 @@ async def test_law_5_an_adapter_that_vllm_lost_is_back_before_the_request_fails(
     assert all(telltale.speaks(text) for text in spoken)
     assert "adapters_reloaded" in counted
     assert current.plan.route.adapter_version == 1
+
+
+@pytest.mark.law(4)
+async def test_law_4_the_base_model_and_every_version_keep_their_own_voice_in_one_batch(stage: Stage) -> None:
+    """More adapters than vLLM has slots, all asked at once together with the base model."""
+    url = stage.settings.vllm.url
+    alone = await say(stage, "metaclaw-base")
+    voices = {f"{stage.agent}-{number}@v1": stage.maker.make(f"m{number}") for number in range(6)}
+    try:
+        for name, voice in voices.items():
+            body = {"lora_name": name, "lora_path": str(voice.path)}
+            (await stage.http.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)).raise_for_status()
+        for _ in range(3):
+            spoken = await asyncio.gather(*(say(stage, name) for name in voices), say(stage, "metaclaw-base"))
+            for (name, voice), text in zip(voices.items(), spoken, strict=False):
+                assert voice.speaks(text), f"{name} said {text!r}"
+            assert spoken[-1] == alone
+    finally:
+        for name in voices:
+            await stage.http.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=60)
