@@ -105,6 +105,44 @@ def test_samples_of_another_sampler_are_set_aside_and_the_rest_is_trained(traine
     assert "sampler and trainer disagree" in (status.idle_reason or "")
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_sample_of_another_adapter_is_found_at_the_version_it_claims(
+    tiny_model: Path, tmp_path: Path, epochs: int
+) -> None:
+    trainer = Trainer(
+        tiny_settings(tiny_model, tmp_path, batch_size=4, epochs=epochs, gap_threshold=0.05, learning_rate=0.05)
+    )
+    trainer.feed(range(4))
+    assert trainer.loop.run_once()
+    trainer.feed(range(4, 7), "agent:ada", 1)
+    trainer.feed(range(7, 8), None, 1)  # says version 1, but the base model drew it
+    assert trainer.loop.run_once()
+    status = trainer.agents.status("ada")
+    assert (status.head, status.trained, status.set_aside) == (2, 7, 1)
+    lineage = read_manifest(trainer.loop.folder("ada", 2))["lineage"]
+    assert lineage["sample_ids"] == ["s4", "s5", "s6"]
+    assert lineage["metrics"]["gap_worst"] < 1e-3
+    trainer.close()
+
+
+def test_a_refused_sample_leaves_the_step_as_if_it_had_never_been_there(tiny_model: Path, tmp_path: Path) -> None:
+    weights = []
+    for folder, stranger in (("with", True), ("without", False)):
+        trainer = Trainer(
+            tiny_settings(tiny_model, tmp_path / folder, batch_size=2, gap_threshold=0.05, learning_rate=0.05)
+        )
+        trainer.feed(range(2))
+        trainer.loop.run_once()
+        trainer.feed(range(2, 4), "agent:ada", 1)
+        if stranger:
+            trainer.feed(range(7, 8), None, 1)
+            trainer.agents.set_training("ada", AgentTraining(batch_size=3))
+        assert trainer.loop.run_once()
+        weights.append((trainer.loop.folder("ada", 2) / "adapter_model.safetensors").read_bytes())
+        trainer.close()
+    assert weights[0] == weights[1]
+
+
 def test_a_stale_sample_is_set_aside_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny_settings(tiny_model, tmp_path, batch_size=2, max_staleness=1))
     for round_ in range(2):

@@ -70,10 +70,21 @@ def load_base(settings: TrainerSettings) -> BaseModel:
             f"cannot load the base model {settings.base_model}: {first}; it must be a folder with config.json and "
             "safetensors, or a name on the model hub"
         ) from error
+    base = adopt(model, settings.base_model, device, dtype)
+    log.info("base model loaded: %s, %s on %s, fingerprint %s", settings.base_model, dtype, device, base.fingerprint)
+    return base
+
+
+def adopt(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Freeze a model that is in memory already, and move it to ``device``.
+
+    Raises:
+        ModelLoadError: if it has a head that the trainer does not compute.
+    """
     if reason := unsupported_head(model):
-        raise ModelLoadError(f"the base model {settings.base_model} cannot be trained here: {reason}")
+        raise ModelLoadError(f"the base model {name} cannot be trained here: {reason}")
     model.requires_grad_(False).eval().to(device)
-    base = BaseModel(
+    return BaseModel(
         model=model,
         device=device,
         vocabulary=int(model.get_input_embeddings().weight.shape[0]),
@@ -81,8 +92,6 @@ def load_base(settings: TrainerSettings) -> BaseModel:
         fingerprint=fingerprint(model),
         may_add_up=device.type == "cpu" and dtype == torch.float32,
     )
-    log.info("base model loaded: %s, %s on %s, fingerprint %s", settings.base_model, dtype, device, base.fingerprint)
-    return base
 
 
 def choose_device(name: str) -> torch.device:

@@ -41,15 +41,15 @@ _MEMORY = (
 class LoraEngine:
     """One base model with its adapters."""
 
-    def __init__(self, settings: TrainerSettings) -> None:
-        """Load the base model.
+    def __init__(self, settings: TrainerSettings, base: BaseModel | None = None) -> None:
+        """Load the base model, unless ``base`` is it.
 
         Raises:
             ModelLoadError: if that fails.
         """
         self._owner = threading.get_ident()
         self.settings = settings
-        self.base: BaseModel = load_base(settings)
+        self.base: BaseModel = base or load_base(settings)
         self.losses: dict[str, Loss] = dict(BUILT_IN)
         self.shelf = AdapterShelf(self.base, settings.base_model, settings.max_hot_adapters)
 

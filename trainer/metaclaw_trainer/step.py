@@ -19,10 +19,12 @@ from torch import Tensor
 
 from metaclaw_trainer.adapters import OptimiserOptions
 from metaclaw_trainer.advantages import Advantages, Baseline, estimate, explain_silence
+from metaclaw_trainer.agreement import Agreement, DisagreementError
 from metaclaw_trainer.batching import Datum, Pull, check_datum, datum_of, staleness
 from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.errors import InvalidDatumError
 from metaclaw_trainer.losses import LossOptions
+from metaclaw_trainer.objective import BatchResult
 from metaclaw_trainer.settings import TrainerSettings
 
 Advise = Callable[[Sequence[Sample], Baseline], Advantages | None]  # a plugin's advantages, or None
@@ -92,32 +94,79 @@ def train_step(
     """
     started = time.monotonic()
     fit, aside = _fitting(engine, samples, head, settings)
-    plain = [datum_of(sample, [0.0] * len(sample.turns)) for sample in fit]
-    base = engine.call(lambda e: e.logprobs(None, plain)) if plain else []
-    fit, base, gap, distant = _agreeing(engine, key, fit, plain, base, head, settings.gap_threshold)
-    aside += distant
-    if not fit:
-        return StepResult(state, (), tuple(aside), None, {})
-    advantages = (advise(fit, state.baseline) if advise else None) or estimate(fit, state.baseline, settings)
-    pulls = teach(key, fit) if teach else [()] * len(fit)
+    batch, distant = _scored(engine, key, fit, head, settings)
+    while True:
+        aside += distant.items()
+        fit = [sample for sample in fit if sample.id not in distant]
+        if not fit:
+            return StepResult(state, (), tuple(aside), None, {})
+        try:
+            result = _learn(batch, state, fit, advise, teach)
+            break
+        except DisagreementError as error:
+            distant = error.reasons
+    metrics = dict(result.metrics)
+    if result.trained:
+        seconds, tokens = time.monotonic() - started, sum(batch.plain[sample.id].length for sample in fit)
+        metrics |= {"samples": float(len(fit)), "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return replace(result, aside=tuple(aside), metrics=metrics | batch.agreement.metrics())
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What is known of a batch before anything is learned from it; by sample id."""
+
+    engine: EngineThread
+    key: str
+    settings: TrainerSettings
+    plain: dict[str, Datum]  # without advantages
+    base: dict[str, Tensor]  # log-probs under the base model
+    agreement: Agreement
+    unchecked: frozenset[str]  # drawn by the head, whose log-probs the first gradient brings along
+
+
+def _scored(
+    engine: EngineThread, key: str, samples: Sequence[Sample], head: int, settings: TrainerSettings
+) -> tuple[_Batch, dict[str, str]]:
+    """The batch, and those samples of it (id -> reason) on which sampler and trainer are seen to disagree already."""
+    plain = {sample.id: datum_of(sample, [0.0] * len(sample.turns)) for sample in samples}
+    base = _score(engine, None, samples, plain)
+    known = {sample.id: base[sample.id] for sample in samples if sample.adapter_version == BASE_VERSION}
+    own = [sample for sample in samples if sample.adapter_version == head != BASE_VERSION]
+    if settings.epochs * settings.minibatches > 1:  # else the one pass that is differentiated tells as well
+        known |= _score(engine, key, own, plain)
+        own = []
+    agreement, unchecked = Agreement(settings.gap_threshold), frozenset(sample.id for sample in own)
+    distant = _distant(agreement, [sample for sample in samples if sample.id in known], plain, known)
+    return _Batch(engine, key, settings, plain, base, agreement, unchecked), distant
+
+
+def _learn(
+    batch: _Batch, state: TrainingState, samples: Sequence[Sample], advise: Advise | None, teach: Teach | None
+) -> StepResult:
+    """Advantages, pulls, optimiser steps.
+
+    Raises:
+        DisagreementError: if samples turn out not to agree; nothing has moved then.
+    """
+    settings = batch.settings
+    advantages = (advise(samples, state.baseline) if advise else None) or estimate(samples, state.baseline, settings)
+    pulls = teach(batch.key, samples) if teach else [()] * len(samples)
     if advantages.silent and not any(pulls):
-        return StepResult(state, (), tuple(aside), explain_silence(fit, settings.advantage), advantages.metrics)
+        return StepResult(state, (), (), explain_silence(samples, settings.advantage), advantages.metrics)
     datums = [
-        datum_of(sample, values).pulled(Pull("base", settings.kl_coefficient, logprobs), *others)
-        for sample, values, logprobs, others in zip(fit, advantages.values, base, pulls, strict=True)
+        datum_of(sample, values).pulled(Pull("base", settings.kl_coefficient, batch.base[sample.id]), *others)
+        for sample, values, others in zip(samples, advantages.values, pulls, strict=True)
     ]
-    after, seen = _descend(engine, key, state, datums, settings)
-    seconds = time.monotonic() - started
-    metrics = {
-        **advantages.metrics,
-        **seen,
-        **gap,
-        "samples": float(len(fit)),
-        "seconds": seconds,
-        "tokens_per_second": sum(datum.length for datum in datums) / seconds,
-    }
-    after = replace(after, samples=state.samples + len(fit), baseline=advantages.baseline)
-    return StepResult(after, tuple(fit), tuple(aside), None, metrics)
+    unchecked = [sample for sample in samples if sample.id in batch.unchecked]
+
+    def look(result: BatchResult) -> dict[str, str]:
+        now = dict(zip((sample.id for sample in samples), result.logprobs, strict=True))
+        return _distant(batch.agreement, unchecked, batch.plain, now)
+
+    after, seen = _descend(batch.engine, batch.key, state, datums, settings, look if unchecked else None)
+    after = replace(after, samples=state.samples + len(samples), baseline=advantages.baseline)
+    return StepResult(after, tuple(samples), (), None, {**advantages.metrics, **seen})
 
 
 def _fitting(
@@ -145,45 +194,33 @@ def _fitting(
     return fit, aside
 
 
-def _agreeing(
-    engine: EngineThread,
-    key: str,
-    samples: list[Sample],
-    datums: list[Datum],
-    base: list[Tensor],
-    head: int,
-    threshold: float,
-) -> tuple[list[Sample], list[Tensor], dict[str, float], list[tuple[str, str]]]:
-    """Leave out samples whose sampler and trainer disagree at the same version: wrong template, type or adapter."""
-    own = [i for i, sample in enumerate(samples) if sample.adapter_version == head != BASE_VERSION]
-    scored = (
-        dict(zip(own, engine.call(lambda e: e.logprobs(key, [datums[i] for i in own])), strict=True)) if own else {}
-    )
-    keep, aside, total, tokens, worst = [], [], 0.0, 0, 0.0
-    for i, sample in enumerate(samples):
-        now_N = base[i] if sample.adapter_version == BASE_VERSION else scored.get(i)
-        if now_N is not None:
-            apart_N = (now_N - datums[i].sampled_N).abs()
-            mean = float(apart_N.mean())
-            total, tokens, worst = total + float(apart_N.sum()), tokens + len(apart_N), max(worst, mean)
-            if mean > threshold:
-                aside.append(
-                    (
-                        sample.id,
-                        f"sampler and trainer disagree by {mean:.2f} nats a token at version "
-                        f"{sample.adapter_version} (gap_threshold is {threshold:g}): another base model, "
-                        "dtype, adapter or chat template on one side?",
-                    )
-                )
-                continue
-        keep.append(i)
-    metrics = {"gap": total / tokens, "gap_worst": worst} if tokens else {}
-    return [samples[i] for i in keep], [base[i] for i in keep], metrics, aside
+def _score(
+    engine: EngineThread, key: str | None, samples: Sequence[Sample], datums: Mapping[str, Datum]
+) -> dict[str, Tensor]:
+    """Log-probs by sample id under an adapter, or under the base model."""
+    if not samples:
+        return {}
+    found = engine.call(lambda e: e.logprobs(key, [datums[sample.id] for sample in samples]))
+    return {sample.id: logprobs for sample, logprobs in zip(samples, found, strict=True)}
+
+
+def _distant(
+    agreement: Agreement, samples: Sequence[Sample], datums: Mapping[str, Datum], now: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Sample id -> reason, of those that sampler and trainer scored differently."""
+    reasons = {sample.id: agreement.check(sample, datums[sample.id], now[sample.id]) for sample in samples}
+    return {identity: reason for identity, reason in reasons.items() if reason is not None}
 
 
 def _descend(
-    engine: EngineThread, key: str, state: TrainingState, datums: Sequence[Datum], settings: TrainerSettings
+    engine: EngineThread,
+    key: str,
+    state: TrainingState,
+    datums: Sequence[Datum],
+    settings: TrainerSettings,
+    look: Callable[[BatchResult], dict[str, str]] | None,
 ) -> tuple[TrainingState, dict[str, float]]:
+    """Take all optimiser steps of a batch; ``look`` may still refuse samples when the first gradient is there."""
     options = LossOptions.of(settings)
     order = random.Random()
     order.setstate(state.random)
@@ -196,6 +233,9 @@ def _descend(
         for start in range(0, len(indexes), size):
             chosen = [datums[i] for i in indexes[start : start + size]]
             result = engine.call(lambda e, d=chosen: e.forward_backward(key, d, settings.loss, options))  # type: ignore[misc]
+            if look is not None and (reasons := look(result)):
+                engine.call(lambda e: e.zero_grad(key))
+                raise DisagreementError(reasons)
             rate = OptimiserOptions.of(settings, step)
             moved = engine.call(lambda e, r=rate: e.optim_step(key, r))  # type: ignore[misc]
             step += 1
