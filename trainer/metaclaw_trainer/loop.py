@@ -178,6 +178,9 @@ class TrainingLoop:
     def _publish(self, agent: str, head: Head, result: StepResult) -> bool:
         number = head.newest + 1
         target = self.folder(agent, number)
+        ids = [sample.id for sample in result.trained]
+        if self._listed(agent, number):
+            return self._thrown_away(agent, ids)
         sweep(target.parent)
         remove_checkpoint(target)  # of a step that was killed before it was committed: nobody has seen it
         key = _key(agent)
@@ -209,17 +212,24 @@ class TrainingLoop:
             path=str(written.path),
             created_at=created_at,
         )
-        ids = [sample.id for sample in result.trained]
         if not self._versions.commit(version, ids, head.generation):
-            log.info("a step of %s was thrown away: its head was put back, or a sample recalled, meanwhile", agent)
-            remove_checkpoint(target)
-            self.forget(agent)
-            self._queue.release(ids)
-            return False
+            if not self._listed(agent, number):
+                remove_checkpoint(target)
+            return self._thrown_away(agent, ids)
         self._loaded[agent] = (number, result.state)
         log.info("%s is trained from v%d on %d samples: %s", version.name, head.head, len(ids), _line(result.metrics))
         self._tell(agent, result.metrics)
         return True
+
+    def _listed(self, agent: str, number: int) -> bool:
+        """Whether another trainer took this one for dead, went on with the agent, and made that version itself."""
+        return self._versions.head(agent).newest >= number
+
+    def _thrown_away(self, agent: str, ids: Sequence[str]) -> bool:
+        log.info("a step of %s was thrown away: head put back, sample recalled, or agent taken over meanwhile", agent)
+        self.forget(agent)
+        self._queue.release(ids)
+        return False
 
     def _advise(self, samples: Sequence[Sample], baseline: Baseline) -> Advantages | None:
         """The first opinion of a ``compute_advantages`` plugin."""

@@ -52,6 +52,7 @@ class Run:
     used_at: float
     losses: list[float] = field(default_factory=list)  # of the calls that the next step uses
     saves: int = 0
+    saved_at: float = 0.0  # when its newest weights were
     weights: list[Wanted] = field(default_factory=list)  # oldest first
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -186,6 +187,7 @@ class Runs:
             label = f"{name or f'step_{state.step:04d}'}-{run.saves}"
             path = self._write(run, "weights", label, Checkpoint(state, {}))
             run.weights.append(Wanted(f"run.{run.id}.{run.saves}", str(path)))
+            run.saved_at = time.monotonic()
             self._want(run)
             for old in run.weights[:-KEPT_WEIGHTS]:
                 self._remove(Path(old.path))
@@ -239,8 +241,7 @@ class Runs:
             mine = [run for run in self._runs.values() if run.caller == caller and run.weights]
         if not mine:
             return None
-        newest = max(mine, key=lambda run: Path(run.weights[-1].path).stat().st_mtime_ns)
-        return newest.weights[-1]
+        return max(mine, key=lambda run: run.saved_at).weights[-1]
 
     def wanted(self) -> list[Wanted]:
         """The newest weights of every session, of other trainers too: vLLM shall hold them."""

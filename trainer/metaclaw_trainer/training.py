@@ -58,10 +58,10 @@ class TrainingThread:
     def _keep_up(self) -> None:
         beats = 0
         while not self._stop.wait(self._heartbeat):
-            try:
-                self._owner.heartbeat()
-                if beats % SWEEP_EVERY == 0:
-                    self._retention.sweep()
-            except TrainerError as error:
-                log.error("upkeep failed, and is tried again: %s", error)
+            due = [self._owner.heartbeat] + ([self._retention.sweep] if beats % SWEEP_EVERY == 0 else [])
+            for job in due:
+                try:
+                    job()
+                except TrainerError as error:
+                    log.error("upkeep failed, and is tried again: %s", error)
             beats += 1
