@@ -94,10 +94,11 @@ def running_gateway(folder: Path, upstream: str, port: int, **metaclaw: Any) -> 
         key, pool = new_key(c, ["alpha"]).secret, new_key(c, ["beta", "gamma"]).secret
     engine.dispose()
     process = start_gateway(folder, config, settings)
+    server = GatewayServer(f"http://127.0.0.1:{port}", key, pool, settings, folder / "gateway.log", process)
     try:
-        yield GatewayServer(f"http://127.0.0.1:{port}", key, pool, settings, folder / "gateway.log", process)
+        yield server
     finally:
-        stop(process)
+        stop(server.process)  # which a test may have started anew
 
 
 @contextmanager

@@ -19,12 +19,14 @@ from metaclaw_plugin.skills.opening import open_skills
 logger = logging.getLogger(__name__)
 
 HOOKS = ("select_skills", "redact_trace")  # the hooks that a gateway calls
+_FIRST_WORDS = {"role": "user", "content": "Good morning"}
 _FLUSH_TIME = 10.0  # seconds that a process has, at its end, to store what is queued
 
 
 def create_gateway(settings: Settings, engine: Engine) -> Gateway:
     """Put a gateway together."""
     library, retriever = open_skills(settings)
+    retriever.select("", [_FIRST_WORDS])  # builds its index now, or the first request would wait for that
     hooks: Path | None = settings.hooks_path if settings.hooks_path.is_dir() else None
     return Gateway(
         settings=settings,
