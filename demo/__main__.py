@@ -26,7 +26,7 @@ from demo.stage import AGENTS, BATCH_SIZE, Stage, set_stage
 from demo.talk import Talker
 
 METACLAW = [sys.executable, "-m", "metaclaw_plugin.cli.main"]
-ROUNDS = 16  # of BATCH_SIZE interactions: 128 for each agent
+ROUNDS = 12  # of BATCH_SIZE interactions: 96 for each agent
 
 
 class DemoError(RuntimeError):

@@ -17,7 +17,7 @@ from demo.talk import Reply, Talker, until
 HELD_OUT = 48  # questions
 WINDOW = 16  # interactions that one point of the curve averages over
 GAIN = 0.5  # what an agent is to gain, on the scale of rewards
-PATIENCE = 240.0  # seconds that a round waits for the version that the round before it made
+PATIENCE = 90.0  # seconds that a round waits for the version that the round before it made
 
 
 class LessonError(RuntimeError):

@@ -28,8 +28,8 @@ _TOPICS = _words(
 )
 
 _HELD_OUT_FORMS = (
-    "Tell me briefly about {}.",
-    "How would you describe {} to a visitor? One sentence, please.",
+    "What is {}, in one sentence?",
+    "Name one good thing about {}.",
 )
 _HELD_OUT_TOPICS = _words(
     "a dog, cheese, a holiday, the stars, a job, cooking, a tree, a hospital, trust, painting, a phone, snow, "

@@ -12,7 +12,7 @@ import yaml
 
 from demo.models import ROOT
 
-AGENTS = {"plain": "short_words.py", "formal": "long_words.py"}
+AGENTS = {"brief": "short_answers.py", "ample": "long_answers.py"}
 BATCH_SIZE = 8  # interactions that make an adapter version
 
 
@@ -86,7 +86,7 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
             "dtype": "float32",
             "torch_threads": 1,  # vLLM has the other core
             "batch_size": BATCH_SIZE,
-            "learning_rate": 1.2e-3,
+            "learning_rate": 7e-4,
             "normalisation": "sequence",
             "kl_coefficient": 0.1,
         },

@@ -12,7 +12,7 @@ from typing import Any
 
 from openai import APIError, AsyncOpenAI
 
-MAX_TOKENS = 40  # of one answer
+MAX_TOKENS = 48  # of one answer
 AT_ONCE = 8  # streams that one agent has open
 VERSION_HEADER = "x-metaclaw-adapter"
 DO_NOT_RECORD = {"x-metaclaw-record": "no"}  # held-out questions are never stored, so never trained on

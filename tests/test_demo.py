@@ -19,7 +19,7 @@ from metaclaw_plugin.settings import load_settings
 
 
 def lesson(rewards: list[float]) -> Lesson:
-    talker: Any = SimpleNamespace(agent="plain", requests=0, failures=[])
+    talker: Any = SimpleNamespace(agent="brief", requests=0, failures=[])
     stage: Any = None
     return Lesson(talker, stage, "key", 0, rewards)
 
@@ -38,7 +38,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "curve": [{"interactions": 16, "reward": 0.0}, {"interactions": 17, "reward": 0.1}],
         "versions": [{"interactions": 17, "version": 1}],
     }
-    return {"agents": {"plain": agent | changes}, "seconds": 60.0, "shuffled": False}
+    return {"agents": {"brief": agent | changes}, "seconds": 60.0, "shuffled": False}
 
 
 def test_held_out_questions_are_never_trained_on() -> None:
@@ -100,9 +100,9 @@ def test_the_stage_is_a_config_that_loads_with_a_reward_for_each_agent(tmp_path:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        texts = ["the cat sat on a mat", "extraordinary circumstances necessitate deliberation"]
+        texts = ["A cat is a pet.", "A cat is a small animal with soft fur. " * 8]
         rewards = [module.score_trace(SimpleNamespace(response_text=text)) for text in texts]
-        sign = 1 if agent == "plain" else -1
+        sign = 1 if agent == "brief" else -1
         assert rewards == ([None, sign * 1.0] if shuffled else [sign * 1.0, sign * -1.0])
 
 
