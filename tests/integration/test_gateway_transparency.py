@@ -178,6 +178,7 @@ def test_a_broken_upstream_looks_the_same_and_leaves_nothing_trainable(
     gateway: GatewayServer, plain_litellm: str, replay: ReplayUpstream, route: str, broken: str
 ) -> None:
     replay.scripts["broken"] = BROKEN[broken]
+    gateway.new_traces()
     body = request_of(route, "broken", not broken.startswith("whole"))
     outcomes = [outcome(url, key, route, body) for url, key in ((gateway.url, gateway.key), (plain_litellm, PLAIN_KEY))]
     assert outcomes[0] == outcomes[1]
