@@ -17,6 +17,7 @@ from demo.talk import Reply, Talker, until
 HELD_OUT = 48  # questions
 WINDOW = 16  # interactions that one point of the curve averages over
 GAIN = 0.5  # what an agent is to gain, on the scale of rewards
+ENOUGH = 0.8  # mean of a window at which a lesson ends: to go on would teach the agent nothing but to repeat itself
 PATIENCE = 90.0  # seconds that a round waits for the version that the round before it made
 
 
@@ -70,6 +71,8 @@ class Lesson:
                 replies = await self.talker.ask_all(batch, record=True, on_reply=on_reply)
                 self.rewards += [reply.reward for reply in replies]
                 await self._next_version(client, on_version)
+                if len(self.rewards) >= WINDOW and _mean(self.rewards[-WINDOW:]) >= ENOUGH:
+                    return
 
     async def _next_version(self, client: httpx.AsyncClient, on_version: Callable[[int], None]) -> None:
         """Wait for the version that this round makes; a round that made none (no signal) goes on without."""
@@ -99,10 +102,9 @@ class Lesson:
         return [(end, _mean(self.rewards[max(0, end - WINDOW) : end])) for end in ends if end]
 
     def interactions_to_gain(self) -> int | None:
-        """How many interactions it took until the curve was ``GAIN`` above the first full window; None: not yet."""
-        curve = self.curve()
-        start = curve[0][1] if curve else 0.0
-        return next((count for count, reward in curve if reward >= start + GAIN), None)
+        """How many interactions until the curve was ``GAIN`` above the exam before the lesson; None: never."""
+        start = self.before.reward if self.before is not None else 0.0
+        return next((count for count, reward in self.curve() if reward >= start + GAIN), None)
 
 
 async def practise_together(

@@ -59,6 +59,7 @@ def test_the_curve_averages_full_windows_and_finds_the_gain() -> None:
     assert learned.curve()[-1] == (2 * WINDOW, 1.0)
     assert learned.interactions_to_gain() == WINDOW + WINDOW // 2
     assert lesson([0.2] * 40).interactions_to_gain() is None
+    assert lesson([0.2] * 40).curve()[-1] == (40, pytest.approx(0.2))
 
 
 @pytest.mark.parametrize(
