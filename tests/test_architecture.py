@@ -32,6 +32,16 @@ LITELLM_KNOWN_TO = {
 TRAINER_ONLY = {"torch", "peft", "transformers", "safetensors", "accelerate"}
 
 
+def parsed(*arguments: str) -> ast.Module:
+    """``ast.parse``, again when another thread parsed meanwhile: CPython 3.11 mixes up their depths (gh-106905)."""
+    for _ in range(5):
+        try:
+            return ast.parse(*arguments)
+        except SystemError:
+            continue
+    return ast.parse(*arguments)
+
+
 @dataclass(frozen=True)
 class Import:
     """``module`` imports ``target`` (dotted, absolute) in ``line``."""
@@ -65,7 +75,7 @@ def imports() -> tuple[Import, ...]:
     """Every import statement, at any depth, under TYPE_CHECKING too: a wall is a wall."""
     found: list[Import] = []
     for module, file in modules().items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found += (Import(module, alias.name, node.lineno) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -147,7 +157,7 @@ def test_commands_import_nothing_heavy_before_they_run(library: str) -> None:
     for module, file in modules().items():
         if not module.startswith("metaclaw_plugin.cli.") or module.endswith("_display"):
             continue
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in parsed(file.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             heavy += [f"{module}:{node.lineno}" for name in names if name.split(".")[0] == library]
@@ -161,7 +171,7 @@ def test_rooms_stay_small(module: str) -> None:
     assert len(text.splitlines()) <= (MAX_TABLES if migration or module.endswith(".schema") else MAX_FILE)
     long = [
         f"{node.name}: {(node.end_lineno or 0) - node.lineno + 1} lines"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION
     ]
@@ -174,4 +184,4 @@ def test_rooms_are_named_by_the_trade() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     texts = {name: file.read_text(encoding="utf-8") for name, file in modules().items()}
-    assert [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+    assert [name for name, text in texts.items() if text.strip() and not ast.get_docstring(parsed(text))] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
@@ -23,6 +22,7 @@ from pydantic import BaseModel
 from metaclaw_plugin.cli.main import COMMANDS, app
 from metaclaw_plugin.clients.openclaw import Connection, connect
 from metaclaw_plugin.settings import Settings
+from tests.test_architecture import parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,7 +125,7 @@ def test_snippets_parse(path: Path) -> None:
     if path.name == "hooks.md":  # shows signatures; its own test holds them against the specs
         return
     for language, block in re.findall(r"```(python|json|yaml)\n(.*?)```", text_of(path), re.DOTALL):
-        {"python": ast.parse, "json": json.loads, "yaml": yaml.safe_load}[language](block)
+        {"python": parsed, "json": json.loads, "yaml": yaml.safe_load}[language](block)
 
 
 def test_the_readmes_openclaw_entry_is_the_one_that_connect_writes() -> None:
