@@ -14,7 +14,6 @@ from openai import APIError, AsyncOpenAI
 
 MAX_TOKENS = 48  # of one answer
 AT_ONCE = 8  # streams that one agent has open
-VERSION_HEADER = "x-metaclaw-adapter"
 DO_NOT_RECORD = {"x-metaclaw-record": "no"}  # held-out questions are never stored, so never trained on
 
 
@@ -24,7 +23,6 @@ class Reply:
 
     prompt: str
     text: str
-    version: str  # agent@vN, or the base model
     reward: float  # by the agent's own rule
 
 
@@ -79,7 +77,7 @@ class Talker:
         if not finished:
             raise APIError("the stream ended before the answer did", raw.http_request, body=None)
         text = "".join(pieces)
-        return Reply(prompt, text, raw.headers.get(VERSION_HEADER, "?"), self._rule(text))
+        return Reply(prompt, text, self._rule(text))
 
 
 def _load_rule(path: Path) -> Callable[[str], float]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from metaclaw_plugin.settings import VllmSettings
+
 VLLM_START_TIMEOUT = 300.0  # seconds; 60-90 on a quiet machine
 
 
@@ -48,7 +49,7 @@ def start_vllm(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
         "--generation-config",
         "vllm",
     ]
-    argv += ["--lora-target-modules", *TARGETS]
+    argv += ["--lora-target-modules", *VllmSettings().lora_targets]
     argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     env = os.environ | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
