@@ -65,6 +65,9 @@ class Lesson:
     async def practise(self, rounds: int, on_reply: Callable[[], None], on_version: Callable[[int], None]) -> None:
         """Talk for ``rounds`` rounds of one batch each, or until it is enough."""
         prompts = training_prompts(self.seed)
+        if self.stage.shuffled:
+            # The control leaves the first answer without a reward; without one more, the first batch never fills.
+            await self.talker.ask_all(prompts[-1:], record=True)
         async with httpx.AsyncClient(base_url=self.stage.gateway, timeout=30) as client:
             for number in range(rounds):
                 batch = [prompts[(number * BATCH_SIZE + i) % len(prompts)] for i in range(BATCH_SIZE)]

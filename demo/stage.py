@@ -25,6 +25,7 @@ class Stage:
     gateway: str  # root URL
     vllm: str  # root URL
     trainer: str  # root URL
+    shuffled: bool  # the control: rewards that say nothing about the answers
 
     @property
     def home(self) -> Path:
@@ -55,7 +56,12 @@ def set_stage(folder: Path, model: Path, shuffled: bool) -> Stage:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True, mode=0o700)
     gateway, trainer, vllm = free_ports(3)
-    stage = Stage(folder, folder / "config.yaml", *(f"http://127.0.0.1:{port}" for port in (gateway, vllm, trainer)))
+    stage = Stage(
+        folder,
+        folder / "config.yaml",
+        *(f"http://127.0.0.1:{port}" for port in (gateway, vllm, trainer)),
+        shuffled=shuffled,
+    )
     config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
     config["metaclaw"] = _settings(stage, model, gateway)
     for deployment in config["model_list"]:
@@ -64,7 +70,7 @@ def set_stage(folder: Path, model: Path, shuffled: bool) -> Stage:
     stage.config.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     shutil.copytree(ROOT / "demo" / "skills", home / "skills")
     for agent in AGENTS:
-        _place_reward(stage, agent, shuffled)
+        _place_reward(stage, agent)
     return stage
 
 
@@ -93,12 +99,12 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
     }
 
 
-def _place_reward(stage: Stage, agent: str, shuffled: bool) -> None:
-    """Drop the agent's reward file into its folder of hooks; ``shuffled``: followed by the control."""
+def _place_reward(stage: Stage, agent: str) -> None:
+    """Drop the agent's reward file into its folder of hooks; in the control, followed by what shuffles."""
     target = stage.home / "hooks" / agent
     target.mkdir(parents=True)
     text = stage.reward_file(agent).read_text(encoding="utf-8")
-    if shuffled:
+    if stage.shuffled:
         text = text.replace("def score_trace(", "def earned(") + textwrap.dedent(_SHUFFLE)
     (target / AGENTS[agent]).write_text(text, encoding="utf-8")
 
