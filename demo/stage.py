@@ -59,7 +59,9 @@ def set_stage(folder: Path, model: Path, shuffled: bool) -> Stage:
     stage = Stage(
         folder,
         folder / "config.yaml",
-        *(f"http://127.0.0.1:{port}" for port in (gateway, vllm, trainer)),
+        gateway=f"http://127.0.0.1:{gateway}",
+        vllm=f"http://127.0.0.1:{vllm}",
+        trainer=f"http://127.0.0.1:{trainer}",
         shuffled=shuffled,
     )
     config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
