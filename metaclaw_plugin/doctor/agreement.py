@@ -37,7 +37,7 @@ def look_at_agreement(settings: Settings) -> Iterator[Finding]:
     trainer = settings.rl.remote_url.rstrip("/")
     with httpx.Client(timeout=120.0, trust_env=False) as http:
         try:
-            answer = _sample(http, settings.vllm.url.rstrip("/"))
+            answer = _sample(http, settings)
             created = http.post(f"{trainer}/v1/lora/create", json={"rank": 1}, headers=headers)
             if created.status_code != 200:
                 return
@@ -51,7 +51,8 @@ def look_at_agreement(settings: Settings) -> Iterator[Finding]:
     yield _judge(gap)
 
 
-def _sample(http: httpx.Client, url: str) -> Answer:
+def _sample(http: httpx.Client, settings: Settings) -> Answer:
+    url = settings.vllm.url.rstrip("/")
     body = {
         "model": BASE_NAME,
         "messages": [{"role": "user", "content": "Name three colours."}],
@@ -60,7 +61,9 @@ def _sample(http: httpx.Client, url: str) -> Answer:
         "logprobs": True,
         "return_token_ids": True,
     }
-    said: dict[str, Any] = http.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()
+    said: dict[str, Any] = (
+        http.post(f"{url}/v1/chat/completions", json=body, headers=settings.vllm.headers).raise_for_status().json()
+    )
     choice = said["choices"][0]
     logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
     return Answer(list(said["prompt_token_ids"]), list(choice["token_ids"]), logprobs)

@@ -43,13 +43,14 @@ def _gateway(http: httpx.Client, settings: Settings) -> Iterator[Finding]:
 
 
 def _vllm(http: httpx.Client, settings: Settings) -> Iterator[Finding]:
-    url = settings.vllm.url.rstrip("/")
+    url, headers = settings.vllm.url.rstrip("/"), settings.vllm.headers
     try:
-        listed = http.get(f"{url}/v1/models")
+        listed = http.get(f"{url}/v1/models", headers=headers)
+        if listed.status_code == 401:
+            yield failure("vLLM", f"{url} refuses our key", "metaclaw.vllm.api_key, as vLLM was started with")
+            return
         if listed.status_code != 200:
-            yield failure(
-                "vLLM", f"{url} answers with status {listed.status_code}", "check metaclaw.vllm.url and its key"
-            )
+            yield failure("vLLM", f"{url} answers with status {listed.status_code}", "check metaclaw.vllm.url")
             return
         names = [str(model.get("id")) for model in listed.json().get("data", [])]
         if BASE_NAME not in names:
@@ -59,15 +60,15 @@ def _vllm(http: httpx.Client, settings: Settings) -> Iterator[Finding]:
             )
             return
         yield ok("vLLM", f"{url} serves {BASE_NAME} and {len(names) - 1} adapters")
-        yield _run_time_loading(http, url)
-        yield _token_ids(http, url)
+        yield _run_time_loading(http, url, headers)
+        yield _token_ids(http, url, headers)
     except (httpx.HTTPError, ValueError):
         yield warning("vLLM", f"does not answer at {url}", START)
 
 
-def _run_time_loading(http: httpx.Client, url: str) -> Finding:
+def _run_time_loading(http: httpx.Client, url: str, headers: dict[str, str]) -> Finding:
     """The route is there only when it is allowed; an empty request is refused by it and changes nothing."""
-    if http.post(f"{url}/v1/load_lora_adapter", json={}).status_code == 404:
+    if http.post(f"{url}/v1/load_lora_adapter", json={}, headers=headers).status_code == 404:
         return failure(
             "vLLM adapters",
             "cannot be loaded at run time",
@@ -76,7 +77,7 @@ def _run_time_loading(http: httpx.Client, url: str) -> Finding:
     return ok("vLLM adapters", "can be loaded at run time")
 
 
-def _token_ids(http: httpx.Client, url: str) -> Finding:
+def _token_ids(http: httpx.Client, url: str, headers: dict[str, str]) -> Finding:
     body = {
         "model": BASE_NAME,
         "messages": [{"role": "user", "content": "Hi"}],
@@ -84,7 +85,7 @@ def _token_ids(http: httpx.Client, url: str) -> Finding:
         "logprobs": True,
         "return_token_ids": True,
     }
-    reply = http.post(f"{url}/v1/chat/completions", json=body, timeout=60.0)
+    reply = http.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60.0)
     if reply.status_code != 200:
         return failure(
             "vLLM tokens", f"a request fails with status {reply.status_code}: {reply.text[:100]}", "metaclaw logs vllm"

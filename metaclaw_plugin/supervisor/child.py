@@ -148,7 +148,13 @@ class Child:
     def _warm_up(self, path: str, body: Mapping[str, Any]) -> None:
         """Send the first request. Should it fail, the next one will tell; readiness is not lost over it."""
         try:
-            httpx.post(self.service.url + path, json=body, timeout=self.service.start_timeout, trust_env=False)
+            httpx.post(
+                self.service.url + path,
+                json=body,
+                headers=self.service.headers,
+                timeout=self.service.start_timeout,
+                trust_env=False,
+            )
         except httpx.HTTPError as error:
             logger.warning("the first request to the %s failed: %s", self.service.name, error)
 

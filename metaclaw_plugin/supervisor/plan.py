@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ class Service:
     port: int | None = None
     ready_path: str | None = None  # answers 200 once it is ready
     warm_up: tuple[str, dict[str, Any]] | None = None  # path and JSON body of a first request, once it answers
+    headers: Mapping[str, str] = field(default_factory=dict)  # of that request
     ready_line: str | None = None  # for a process without a port: stands in its log once it is ready
     start_timeout: float = 300.0  # seconds
     grace: float = 20.0  # seconds between SIGTERM and SIGKILL
@@ -138,6 +139,7 @@ def vllm_service(settings: Settings, port: int | None = None) -> Service:
         ready_path="/health",
         # The first request is several times slower than the rest; let it not be a user's.
         warm_up=("/v1/completions", {"model": BASE_NAME, "prompt": "Hello", "max_tokens": 2}),
+        headers=settings.vllm.headers,
         start_timeout=settings.vllm.start_timeout,
         grace=30.0,
         port_setting="metaclaw.vllm.url",

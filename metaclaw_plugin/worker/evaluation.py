@@ -68,7 +68,7 @@ class Evaluator:
 
     def __init__(self, ctx: EvaluationContext) -> None:
         self._ctx = ctx
-        self._sampler = Sampler(ctx.http, ctx.settings.vllm.url)
+        self._sampler = Sampler(ctx.http, ctx.settings.vllm.url, ctx.settings.vllm.headers)
         self._base_sanity: float | None = None  # the base model does not change
 
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation:

@@ -27,10 +27,11 @@ class Reply:
 
 
 class Sampler:
-    """Asks the vLLM at ``url`` (root URL, without /v1)."""
+    """Asks the vLLM at ``url`` (root URL, without /v1); ``headers`` carry its key."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, url: str, headers: Mapping[str, str] | None = None) -> None:
         self._http = http
+        self._headers = dict(headers or {})
         self._url = url.rstrip("/")
 
     async def reply(self, model: str, trace: Trace, max_tokens: int, seed: int) -> Reply:
@@ -117,7 +118,7 @@ class Sampler:
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         try:
-            answer = await self._http.post(self._url + path, json=body, timeout=TIMEOUT)
+            answer = await self._http.post(self._url + path, json=body, headers=self._headers, timeout=TIMEOUT)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise SamplerUnavailableError(
                 f"vLLM at {self._url} did not answer {path}: {type(error).__name__}"

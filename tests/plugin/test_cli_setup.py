@@ -80,6 +80,7 @@ def test_a_server_elsewhere_is_joined_by_url_and_key() -> None:
     }
     assert config["model_list"][0]["litellm_params"]["api_base"] == "http://gpu:8000/v1"
     assert config["model_list"][0]["litellm_params"]["api_key"] == "os.environ/VLLM_API_KEY"
+    assert config["metaclaw"]["vllm"]["api_key"] == "os.environ/VLLM_API_KEY"
     assert checked(text, "test").vllm.managed is False
 
 

@@ -143,3 +143,18 @@ def test_a_file_is_no_model(model: Path) -> None:
 def test_no_model_at_all_is_said() -> None:
     with pytest.raises(ConfigError, match=r"no model is set: give metaclaw\.base_model"):
         check_model(None)
+
+
+def test_a_key_travels_in_the_environment_and_not_on_the_command_line(model: Path) -> None:
+    launch = vllm_command(Settings(base_model=str(model), vllm=VllmSettings(api_key="s3cret")), cpu=True)
+    assert launch.env["VLLM_API_KEY"] == "s3cret"
+    assert "s3cret" not in " ".join(launch.argv)
+    assert "VLLM_API_KEY" in vllm_source("entrypoints", "serve", "middleware", "register.py")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu-box"])
+def test_vllm_is_not_opened_to_the_network_without_a_key(model: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"set metaclaw\.vllm\.api_key"):
+        vllm_command(Settings(base_model=str(model), vllm=VllmSettings(host=host)), cpu=True)
+    open_with_key = Settings(base_model=str(model), vllm=VllmSettings(host=host, api_key="s3cret"))
+    assert f"--host {host}" in " ".join(vllm_command(open_with_key, cpu=True).argv)

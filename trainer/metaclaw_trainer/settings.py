@@ -242,6 +242,8 @@ def parse_settings(section: Any, source: str) -> TrainerSettings:
     vllm, hooks = section.get("vllm"), section.get("hooks")
     if isinstance(vllm, dict) and vllm.get("url"):
         shared["vllm_urls"] = [vllm["url"]]
+    if isinstance(vllm, dict):
+        shared["vllm_api_key"] = vllm.get("api_key")
     if isinstance(hooks, dict):
         shared |= {"hooks_path": hooks.get("path"), "hook_timeout": hooks.get("timeout")}
     for name, value in shared.items():
