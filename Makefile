@@ -3,13 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup models demo test docs lint clean
+.PHONY: help setup models demo test docs lock lint clean
 
 help:
 	@echo "make demo    set up, then two agents learn opposite styles by being talked to (about 20 minutes on 2 cores)"
 	@echo "make test    set up, then style, types and all tests"
 	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
 	@echo "make docs    write the configuration reference anew from the settings classes"
+	@echo "make lock    pin what the gateway installs, with hashes, into deploy/gateway.lock"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove the virtual environment, caches and runs"
 
@@ -24,6 +25,10 @@ demo: models
 
 docs: setup
 	@$(BIN)/python scripts/reference.py
+
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml --extra gateway --extra postgres --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet $(LOCK_ARGS) -o deploy/gateway.lock
 
 lint: setup
 	$(BIN)/ruff check .

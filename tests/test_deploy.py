@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 
 from metaclaw_plugin.cli.main import app
 from metaclaw_plugin.cli.service import unit
@@ -86,6 +87,7 @@ def test_the_shared_config_is_well_and_names_the_services(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("METACLAW_TRAINER_KEY", "x")
+    monkeypatch.setenv("METACLAW_VLLM_KEY", "y")
     path = DEPLOY / "litellm_config.yaml"
     settings = load_settings(path)
     wrong = [f for f in look_at_configuration(settings, path) if f.level is Level.FAILURE]
@@ -93,6 +95,23 @@ def test_the_shared_config_is_well_and_names_the_services(
     for url in (settings.vllm.url, settings.rl.remote_url):
         assert re.split(r"[/:]+", url)[1] in compose["services"]
     assert "@postgres/" in str(settings.store.url)
+    assert settings.vllm.api_key == "y"  # it listens for the other containers, and so for the whole network of them
+
+
+def test_the_gateways_lock_pins_what_the_project_asks_for_and_hashes_all_of_it() -> None:
+    text = (DEPLOY / "gateway.lock").read_text(encoding="utf-8")
+    blocks = [block.split() for block in re.split(r"\n(?=[a-z0-9])", text.replace("\\\n", " ")) if "==" in block]
+    pinned: dict[str, set[str]] = {}
+    for line, *rest in blocks:
+        name, version = line.split("==")
+        pinned.setdefault(name, set()).add(version)
+        assert any(word.startswith("--hash=sha256:") for word in rest), line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for wanted in map(Requirement, [*project["dependencies"], *extras["gateway"], *extras["postgres"]]):
+        versions = pinned.get(wanted.name.replace("_", "-").lower(), set())
+        assert versions, f"{wanted.name} is not in deploy/gateway.lock: make lock"
+        assert all(wanted.specifier.contains(one) for one in versions), f"{wanted}: locked is {versions}: make lock"
 
 
 def test_the_systemd_unit_escapes_what_systemd_would_read() -> None:
