@@ -86,19 +86,20 @@ def test_the_optimiser_tracks_the_adapters_parameters_and_nothing_else(engine: E
     # The first of the fork's fixes; its fallback once made 33 M embedding parameters trainable that were never saved.
     count = engine.call(lambda e: e.create("ada"))
 
-    def look(e: LoraEngine) -> tuple[int, set[str], set[str]]:
+    def look(e: LoraEngine) -> tuple[str, int, set[str], set[str]]:
         tracked = {id(p) for group in e.shelf.hot["ada"].optimiser.param_groups for p in group["params"]}
         named = dict(e.base.model.named_parameters())
         return (
+            e.shelf.hot["ada"].slot.name,
             sum(p.numel() for p in named.values() if id(p) in tracked),
             {name for name, p in named.items() if id(p) in tracked},
             {name for name, p in named.items() if p.requires_grad},
         )
 
-    tracked_count, tracked, trainable = engine.call(look)
+    slot, tracked_count, tracked, trainable = engine.call(look)
     assert tracked_count == count == sum(w.numel() for w in engine.call(lambda e: e.state("ada")).weights.values())
     assert tracked == trainable
-    assert all(".lora_A.adapter-ada." in name or ".lora_B.adapter-ada." in name for name in tracked)
+    assert all(f".lora_A.{slot}." in name or f".lora_B.{slot}." in name for name in tracked)
     engine.call(lambda e: e.forward_backward("ada", datums()))
     with_gradient = engine.call(lambda e: {n for n, p in e.base.model.named_parameters() if p.grad is not None})
     assert with_gradient == tracked
@@ -140,6 +141,57 @@ def test_an_adapter_that_was_paged_out_comes_back_as_it_was_and_trains_on_alike(
     left, stayed = engine.call(lambda e: (e.state("ada"), e.state("bob")))
     assert same(dict(left.weights), dict(stayed.weights))
     assert same(dict(left.moments), dict(stayed.moments))
+
+
+def test_an_adapter_in_a_place_that_another_had_is_that_adapter_to_the_bit(
+    engine: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaclaw_trainer.shelf._ADD_UP_FROM", 1)  # sums with the base weights must not be taken over
+    keys, alone = ("a", "b", "c", "d", "e"), {}
+    for seed, key in enumerate(keys):
+        engine.call(lambda e, key=key, seed=seed: e.create(key, seed=seed))
+        for round_ in range(2):
+            train(engine, key, 10 * seed + round_)
+        alone[key] = engine.call(lambda e, key=key: (e.state(key), e.logprobs(key, datums(9))))
+        engine.call(lambda e, key=key: e.drop(key))
+    for seed, key in enumerate(keys):  # five in three places, in turns
+        engine.call(lambda e, key=key, seed=seed: e.create(key, seed=seed))
+    for round_ in range(2):
+        for seed, key in enumerate(keys):
+            train(engine, key, 10 * seed + round_)
+    for key in (*keys, *reversed(keys)):
+        state, scored = engine.call(lambda e, key=key: (e.state(key), e.logprobs(key, datums(9))))
+        assert same(dict(state.weights), dict(alone[key][0].weights))
+        assert same(dict(state.moments), dict(alone[key][0].moments))
+        assert all(torch.equal(a, b) for a, b in zip(scored, alone[key][1], strict=True))
+
+
+def test_a_state_that_was_handed_out_does_not_move_with_the_adapter(engine: EngineThread) -> None:
+    engine.call(lambda e: e.create("ada"))
+    train(engine, "ada")
+    engine.call(lambda e: e.page_out("ada"))
+    state = engine.call(lambda e: e.state("ada"))
+    kept = {name: tensor.clone() for name, tensor in (state.weights | state.moments).items()}
+    train(engine, "ada", 3)
+    assert same(dict(state.weights | state.moments), kept)
+    assert not same(dict(engine.call(lambda e: e.state("ada")).weights), dict(state.weights))
+
+
+def test_free_places_hold_no_memory_and_make_room_for_other_shapes(engine: EngineThread) -> None:
+    for key, rank in (("a", 4), ("b", 4), ("c", 2)):
+        engine.call(lambda e, key=key, rank=rank: e.create(key, AdapterConfig(rank, 8.0, ("q_proj",))))
+    engine.call(lambda e: [e.drop(key) for key in ("a", "b", "c")])
+    for number, rank in enumerate((16, 17, 18, 19)):
+        engine.call(lambda e, n=number, rank=rank: e.create(f"n{n}", AdapterConfig(rank, 8.0, ("q_proj",))))
+
+    def ranks_and_sizes(e: LoraEngine) -> tuple[set[int], int]:
+        found = [p for name, p in e.base.model.named_parameters() if ".lora_A." in name]
+        return {p.shape[0] for p in found if p.numel()}, sum(p.numel() == 0 for p in found)
+
+    ranks, empty = engine.call(ranks_and_sizes)
+    assert ranks == {17, 18, 19}
+    assert empty == 0
+    assert engine.call(lambda e: sorted(e.shelf.paged)) == ["n0"]
 
 
 def test_more_adapters_than_fit_are_paged_out_least_recently_used_first(engine: EngineThread) -> None:

@@ -7,7 +7,7 @@ another agent's adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,33 +85,73 @@ class AdapterState:
 
 
 @dataclass(slots=True)
+class Slot:
+    """Room for one adapter of a certain shape inside the model's layers; empty, it takes no memory."""
+
+    name: str  # PEFT's name of the adapter
+    config: AdapterConfig
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    weights: tuple[nn.Parameter, ...]  # in the order of ``names``
+    optimiser: torch.optim.AdamW
+
+    def clear(self) -> None:
+        """Make it empty."""
+        for weight in self.weights:
+            weight.grad, weight.data = None, weight.data.new_empty(0)
+            weight.requires_grad_(False)
+        self.optimiser.state.clear()
+
+
+@dataclass(slots=True)
 class Adapter:
     """An adapter inside the model."""
 
-    config: AdapterConfig
-    names: tuple[str, ...]
-    weights: tuple[nn.Parameter, ...]  # in the order of ``names``
-    optimiser: torch.optim.AdamW
+    slot: Slot
     step: int = 0
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.slot.config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.slot.names
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        return self.slot.weights
+
+    @property
+    def optimiser(self) -> torch.optim.AdamW:
+        return self.slot.optimiser
 
     def state(self) -> AdapterState:
         """A copy."""
+        return self._taken(lambda tensor: tensor.detach().cpu().clone())
+
+    def leave(self) -> AdapterState:
+        """Give up the slot; on a CPU nothing is copied."""
+        state = self._taken(lambda tensor: tensor.detach().cpu())
+        self.slot.clear()
+        return state
+
+    def _taken(self, take: Callable[[Tensor], Tensor]) -> AdapterState:
+        weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         for name, weight in zip(self.names, self.weights, strict=True):
-            for moment in MOMENTS:
-                value = self.optimiser.state.get(weight, {}).get(moment)
-                if value is not None:
-                    moments[f"{moment}.{name}"] = value.detach().cpu().clone()
-        weights = {n: w.detach().cpu().clone() for n, w in zip(self.names, self.weights, strict=True)}
+            weights[name] = take(weight.data)
+            kept = self.optimiser.state.get(weight, {})
+            moments.update({f"{moment}.{name}": take(kept[moment]) for moment in MOMENTS if moment in kept})
         return AdapterState(self.config, weights, moments, self.step)
 
-    def load(self, state: AdapterState) -> None:
-        """Take over weights and optimiser of ``state``; checked whole before anything is changed.
+    def load(self, state: AdapterState) -> Adapter:
+        """Take over a copy of weights and optimiser of ``state``; checked whole before anything is changed.
 
         Raises:
             CheckpointRefusedError: if a tensor is missing, unknown, or of another shape.
         """
-        expected = dict(zip(self.names, (tuple(w.shape) for w in self.weights), strict=True))
+        expected = dict(zip(self.names, map(tuple, self.slot.shapes), strict=True))
         _same_tensors("weights", expected, state.weights)
         if state.moments:
             shapes = {f"{moment}.{name}": shape for name, shape in expected.items() for moment in MOMENTS}
@@ -120,17 +160,24 @@ class Adapter:
             raise CheckpointRefusedError(
                 f"the adapter has taken {state.step} steps, but its optimiser state is missing"
             )
-        with torch.no_grad():
-            for name, weight in zip(self.names, self.weights, strict=True):
-                weight.copy_(state.weights[name])
+        return self._filled(state, lambda tensor, weight: tensor.to(weight.device, weight.dtype, copy=True))
+
+    def enter(self, state: AdapterState) -> Adapter:
+        """Take over what ``leave`` gave; on a CPU nothing is copied, so ``state`` must not be used any more."""
+        return self._filled(state, lambda tensor, weight: tensor.to(weight.device, weight.dtype))
+
+    def _filled(self, state: AdapterState, put: Callable[[Tensor, Tensor], Tensor]) -> Adapter:
         self.optimiser.state.clear()
         for name, weight in zip(self.names, self.weights, strict=True):
+            weight.data = put(state.weights[name], weight)
+            weight.requires_grad_(True)
             if state.moments:
                 self.optimiser.state[weight] = {
                     "step": torch.tensor(float(state.step)),
-                    **{m: state.moments[f"{m}.{name}"].to(weight.device).clone() for m in MOMENTS},
+                    **{moment: put(state.moments[f"{moment}.{name}"], weight) for moment in MOMENTS},
                 }
         self.step = state.step
+        return self
 
     @property
     def has_gradient(self) -> bool:
