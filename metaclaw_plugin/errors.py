@@ -31,6 +31,10 @@ class TrainerUnavailableError(MetaclawError, ConnectionError):
     """The trainer did not answer; what was to be sent stays queued."""
 
 
+class TrainerFullError(TrainerUnavailableError):
+    """The trainer has no room for more samples of one agent now; there may be room for those of others."""
+
+
 class TrainerRefusedError(MetaclawError):
     """The trainer answered, and will not do what was asked; asking again changes nothing."""
 

@@ -2,10 +2,12 @@
 
 worker ── POST /v1/samples ─────────────► trainer     samples, at least once, idempotent by id
 worker ── POST /v1/samples/recall ──────► trainer     forget traces (deleted by their owner)
+worker ── POST /v1/samples/rewards ─────► trainer     rewards that changed since (late feedback)
 worker ── PUT  /v1/agents/{agent} ──────► trainer     may it train now, and how
 worker ◄─ GET  /v1/agents ───────────── trainer      queue, step, why nothing is training
 worker ◄─ GET  /v1/versions?after=… ─── trainer      new versions, in order
 worker ── PUT  /v1/served ──────────────► trainer     the set of versions that vLLM shall hold
+anyone ◄─ GET  /v1/adapters/{name}/{file}  trainer    the files of a version, where no disk is shared
 worker ── POST /v1/agents/{agent}/head ─► trainer     a candidate was rejected: go back
 worker ── POST /v1/agents/{agent}/train ► trainer     take a step now with what is queued
 """
@@ -17,6 +19,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from metaclaw_hooks.types import AdapterVersion, Sample, SampleTurn, VersionState
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what PEFT and vLLM load, in a version's folder
+SHA256_HEADER = "x-sha256"  # of an adapter's file, in hexadecimal
+# A vLLM without the trainer's disk keeps what it fetched at .../metaclaw-mirror/<the path on the trainer's machine>.
+ADAPTER_MIRROR = "metaclaw-mirror"
 
 AgentName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -106,6 +113,22 @@ class RecallRequest(Wire):
 class RecallReply(Wire):
     removed: list[str]  # ids of samples taken out of the queue
     trained_into: list[str]  # names of versions that had already learned from them
+
+
+class RewardChange(Wire):
+    trace_id: str = Field(min_length=1, max_length=200)
+    reward: float = Field(ge=-1.0, le=1.0, allow_inf_nan=False)
+
+
+class RewardsRequest(Wire):
+    rewards: list[RewardChange] = Field(min_length=1, max_length=10_000)
+
+
+class RewardsReply(Wire):
+    """Ids of traces; one in neither list is trained already, or was never queued."""
+
+    changed: list[str]  # will be trained with the new reward
+    in_training: list[str]  # in the batch of a step that is running: ask again, should that step fail
 
 
 class AgentTraining(Wire):

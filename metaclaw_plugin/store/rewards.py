@@ -51,7 +51,7 @@ def record_outcomes(c: Connection, outcomes: Sequence[Outcome], owner: str, now:
     is given back, to be scored again with it.
     """
     t, r = traces.c, rewards.c
-    mine = sa.select(t.seq, t.purpose, t.forward, t.forward_reason).where(
+    mine = sa.select(t.seq, t.purpose, t.forward, t.forward_reason, t.reward).where(
         t.seq.in_([outcome.seq for outcome in outcomes]), t.lease_owner == owner, t.score == "waiting"
     )
     held = {row.seq: row for row in c.execute(mine.with_for_update())}
@@ -76,13 +76,18 @@ def record_outcomes(c: Connection, outcomes: Sequence[Outcome], owner: str, now:
 
 
 def _settled(outcome: Outcome, row: Any) -> dict[str, Any]:
-    """The worker's columns of a trace after it was scored."""
+    """The worker's columns of a trace after it was scored.
+
+    What was handed over keeps the reward it had if nobody has an opinion any more: its sample cannot be without one.
+    """
     reason = "held out for replays" if outcome.held_out else outcome.unusable
     skip = reason is not None and row.forward == "waiting"
     unsettled = row.purpose == Purpose.UNSETTLED.value
+    handed_over = row.forward in ("merged", "forwarded")
+    reward = row.reward if outcome.combined is None and handed_over else outcome.combined
     return {
-        "score": "unscored" if outcome.combined is None else "scored",
-        "reward": outcome.combined,
+        "score": "unscored" if reward is None else "scored",
+        "reward": reward,
         "hint": outcome.hint,
         "purpose": Purpose.HELD_OUT.value if outcome.held_out and unsettled else row.purpose,
         "forward": "skipped" if skip else row.forward,

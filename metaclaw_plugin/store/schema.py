@@ -142,6 +142,7 @@ traces = sa.Table(
     sa.Column("forward", sa.String(16), nullable=False, server_default="waiting"),
     sa.Column("forward_reason", sa.String(400)),  # why it is skipped
     sa.Column("sample_id", sa.String(64)),
+    sa.Column("told_reward", sa.Float),  # that the trainer has for it; null: not sent, or not known
     sa.Column("lease_owner", sa.String(64)),
     sa.Column("lease_until", sa.Float),
     sa.Index("ix_traces_agent", "agent", "seq"),

@@ -16,13 +16,15 @@ from metaclaw_hooks.errors import InvalidSampleError
 from metaclaw_hooks.types import Mode, Sample
 from metaclaw_hooks.wire import SamplesReply
 
-from metaclaw_plugin.errors import TrainerRefusedError
+from metaclaw_plugin.errors import TrainerFullError, TrainerRefusedError, TrainerUnavailableError
 from metaclaw_plugin.skills.support import is_kept
 from metaclaw_plugin.store import forwarding as store
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.agents import list_agents
+from metaclaw_plugin.store.corrections import mark_told
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.forwarding import ScoredTurn
+from metaclaw_plugin.worker.backoff import Backoff
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.samples import make_sample, merge
 
@@ -39,6 +41,7 @@ class Forwarder:
 
     def __init__(self, ctx: WorkerContext) -> None:
         self._ctx = ctx
+        self._trouble: dict[str, Backoff] = {}  # agents that wait by themselves
         evolution = ctx.settings.skills.evolution
         # While a session may still fail, what the evolver would then be shown of it must not have been sent.
         self._held = (lambda session: is_kept(session, evolution.support_share)) if evolution.model else None
@@ -46,21 +49,50 @@ class Forwarder:
     async def round(self) -> int:
         """Send all that may be sent now; returns how many samples the trainer took.
 
+        What is wrong with one agent alone, such as a full queue, holds up no other.
+
         Raises:
             TrainerUnavailableError: if it does not answer; everything stays queued.
+            TrainerRefusedError: if it will not have what is sent; everything stays queued.
         """
         taken = 0
         for agent in await asyncio.to_thread(self._agents):
-            if not await asyncio.to_thread(self._acquire, agent):
+            if agent in self._trouble and self._trouble[agent].waiting:
                 continue
             try:
-                while True:
-                    taken += await self._send_merged(agent)
-                    if not await asyncio.to_thread(self._merge, agent):
-                        break
-            finally:
-                await asyncio.to_thread(self._release, agent)
+                taken += await self._forward(agent)
+                self._trouble.pop(agent, None)
+            except TrainerFullError as error:
+                if agent not in self._trouble:
+                    logger.warning("samples of %s wait, those of other agents go on: %s", agent, error)
+                self._pause(agent)
+            except (TrainerUnavailableError, TrainerRefusedError):
+                raise
+            except Exception:  # isolation boundary: what one agent's rows hold must not stop the others
+                logger.exception("forwarding of %s failed and is tried again; other agents go on", agent)
+                await asyncio.to_thread(self._count_failure, agent)
+                self._pause(agent)
         return taken
+
+    async def _forward(self, agent: str) -> int:
+        """Send what there is of one agent, unless another worker is at it."""
+        if not await asyncio.to_thread(self._acquire, agent):
+            return 0
+        taken = 0
+        try:
+            while True:
+                taken += await self._send_merged(agent)
+                if not await asyncio.to_thread(self._merge, agent):
+                    return taken
+        finally:
+            await asyncio.to_thread(self._release, agent)
+
+    def _pause(self, agent: str) -> None:
+        self._trouble.setdefault(agent, Backoff()).fail(self._ctx.settings.worker.max_backoff)
+
+    def _count_failure(self, agent: str) -> None:
+        with self._ctx.engine.begin() as c:
+            count(c, "worker_failures", f"forwarding of {agent}")
 
     def _agents(self) -> list[str]:
         with self._ctx.engine.connect() as c:
@@ -136,12 +168,15 @@ class Forwarder:
             raise TrainerRefusedError(
                 f"the trainer's answer leaves out {len(missing)} of {len(samples)} samples of {agent}"
             )
-        await asyncio.to_thread(self._note, agent, reply)
+        await asyncio.to_thread(self._note, agent, reply, samples)
         return len(reply.accepted)
 
-    def _note(self, agent: str, reply: SamplesReply) -> None:
+    def _note(self, agent: str, reply: SamplesReply, samples: Sequence[Sample]) -> None:
+        accepted = set(reply.accepted)
+        told = [(turn.trace_id, turn.reward) for sample in samples if sample.id in accepted for turn in sample.turns]
         with self._ctx.engine.begin() as c:
             store.mark_forwarded(c, [*reply.accepted, *reply.duplicate])
+            mark_told(c, told)  # of a duplicate it is not known with which reward it came the first time
             if reply.accepted:
                 count(c, "samples_forwarded", agent, len(reply.accepted))
             for refusal in reply.refused:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import signal
 import time
-from dataclasses import dataclass
 
 import httpx
 
@@ -20,6 +18,7 @@ from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.worker.backoff import Backoff
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.tasks import Round, tasks_for
 from metaclaw_plugin.worker.trainer_client import TrainerClient
@@ -28,7 +27,6 @@ from metaclaw_plugin.worker.wiring import load_plugins
 logger = logging.getLogger(__name__)
 
 STOP_GRACE = 10.0  # seconds that a round has to end by itself when the worker is stopped
-FIRST_BACKOFF = 0.5  # seconds
 
 
 def main(settings: Settings) -> None:
@@ -71,37 +69,23 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     logger.info("the worker has ended")
 
 
-@dataclass(slots=True)
-class _Trouble:
-    """How a task has been failing."""
-
-    delay: float = 0.0
-    since: float | None = None
-
-    def back_off(self, longest: float) -> float:
-        """Seconds to wait: doubling, with jitter so that several workers do not knock together."""
-        self.since = self.since or time.monotonic()
-        self.delay = min(longest, max(FIRST_BACKOFF, self.delay * 2))
-        return self.delay * random.uniform(0.5, 1.0)
-
-
 async def keep_doing(ctx: WorkerContext, task: Round, stop: asyncio.Event) -> None:
     """Repeat one task: at once while there is work, then at its interval; back off while it fails."""
-    trouble = _Trouble()
+    trouble = Backoff()
     while not stop.is_set():
         try:
             pause = 0.0 if await task.do() else task.every
             if trouble.since is not None:
                 logger.info("%s works again after %.0f s", task.name, time.monotonic() - trouble.since)
-            trouble = _Trouble()
+            trouble = Backoff()
         except TrainerUnavailableError as error:
             if trouble.since is None:
                 logger.warning("%s waits for the trainer, nothing is lost: %s", task.name, error)
-            pause = trouble.back_off(ctx.settings.worker.max_backoff)
+            pause = trouble.fail(ctx.settings.worker.max_backoff)
         except Exception:  # isolation boundary: a failing task must not stop the others
             logger.exception("%s failed and is tried again; the other tasks go on", task.name)
             await _count_failure(ctx, task.name)
-            pause = trouble.back_off(ctx.settings.worker.max_backoff)
+            pause = trouble.fail(ctx.settings.worker.max_backoff)
         await _sleep(stop, pause)
 
 

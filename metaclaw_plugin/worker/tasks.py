@@ -11,6 +11,7 @@ from metaclaw_plugin.gateway.sessions import close_idle_sessions
 from metaclaw_plugin.skills.upkeep import SkillKeeper
 from metaclaw_plugin.store.facts import set_fact
 from metaclaw_plugin.worker.context import WorkerContext
+from metaclaw_plugin.worker.corrections import correction_round
 from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
 from metaclaw_plugin.worker.judge_book import StoreJudgeBook
@@ -46,6 +47,7 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
     if ctx.settings.rl.enabled:
         tasks += [
             Round("forwarding", Forwarder(ctx).round, poll),
+            Round("corrections", _quietly(lambda: correction_round(ctx)), max(poll, 2.0)),
             Round("tracking", _quietly(Tracker(ctx).round), max(poll, 2.0)),
             Round("publishing", _quietly(Publisher(ctx).round), poll),
             Round("recalls", lambda: recall_round(ctx), UPKEEP),

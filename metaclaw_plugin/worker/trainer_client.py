@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -16,6 +16,9 @@ from metaclaw_hooks.wire import (
     HealthReply,
     RecallReply,
     RecallRequest,
+    RewardChange,
+    RewardsReply,
+    RewardsRequest,
     SampleBody,
     SamplesReply,
     SamplesRequest,
@@ -28,7 +31,7 @@ from metaclaw_hooks.wire import (
 )
 from pydantic import ValidationError
 
-from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
+from metaclaw_plugin.errors import TrainerFullError, TrainerRefusedError, TrainerUnavailableError
 
 CONNECT_TIMEOUT = 5.0  # seconds
 ANSWER_TIMEOUT = 60.0  # seconds; loading adapters into vLLM is the slowest thing asked for
@@ -37,8 +40,8 @@ WireT = TypeVar("WireT", bound=Wire)
 
 
 class TrainerClient:
-    """Asks the trainer at ``url``. Every method may raise ``TrainerUnavailableError`` (try again later) and
-    ``TrainerRefusedError`` (it answered, and will not)."""
+    """Asks the trainer at ``url``. Every method may raise ``TrainerUnavailableError`` (try again later; its kind
+    ``TrainerFullError``: this agent's queue is full) and ``TrainerRefusedError`` (it answered, and will not)."""
 
     def __init__(self, http: httpx.AsyncClient, url: str, api_key: str | None = None) -> None:
         self._http = http
@@ -56,6 +59,11 @@ class TrainerClient:
     async def recall(self, trace_ids: Sequence[str]) -> RecallReply:
         """Take what is still queued of these traces (at most 10,000) out of the queue."""
         return await self._ask(RecallReply, "POST", "/v1/samples/recall", RecallRequest(trace_ids=list(trace_ids)))
+
+    async def set_rewards(self, rewards: Mapping[str, float]) -> RewardsReply:
+        """Change the rewards of at most 10,000 traces, by id, where they are not trained yet."""
+        changes = [RewardChange(trace_id=trace, reward=reward) for trace, reward in rewards.items()]
+        return await self._ask(RewardsReply, "POST", "/v1/samples/rewards", RewardsRequest(rewards=changes))
 
     async def agents(self) -> list[AgentStatus]:
         return (await self._ask(AgentsReply, "GET", "/v1/agents")).agents
@@ -102,7 +110,9 @@ class TrainerClient:
             raise TrainerUnavailableError(
                 f"the trainer at {self._url} did not answer {method} {path}: {type(error).__name__}"
             ) from error
-        if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
+        if answer.status_code == 429:
+            raise TrainerFullError(f"the trainer at {self._url} has no room: {_reason(answer)}")
+        if answer.status_code >= 500 or answer.status_code in (408, 425):
             raise TrainerUnavailableError(
                 f"the trainer at {self._url} answered {answer.status_code}: {_reason(answer)}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
 from metaclaw_plugin.store import forwarding as store
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.agents import raise_generation, set_mode
+from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.scoring import Scorer
@@ -95,6 +97,52 @@ async def test_while_the_trainer_is_away_nothing_is_lost_and_the_order_stays(hom
         away = False
         assert await Forwarder(ctx).round() == 3
         assert sent == ["a", "b", "c"]
+
+
+async def test_a_full_queue_of_one_agent_holds_up_no_other_and_its_order_stays(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[str] = []
+    full, tries = True, 0
+
+    def takes(bodies: list[dict[str, Any]]) -> httpx.Response:
+        nonlocal tries
+        if full and bodies[0]["agent"] == "alpha":
+            tries += 1
+            return httpx.Response(429, json={"error": {"message": "the queue of alpha is full", "type": "t"}})
+        sent.extend(body["session"] for body in bodies)
+        return accepted(bodies)
+
+    with worker_context(worker_settings(home, worker={"max_backoff": 0.3}), answer(takes)) as ctx:
+        forwarder = Forwarder(ctx)
+        await scored(ctx, *turns(1, session="a1"), *turns(1, agent="beta", session="b"))
+        assert await forwarder.round() == 1
+        await scored(ctx, *turns(1, session="a2"), *turns(1, agent="gamma", session="c"))
+        assert await forwarder.round() == 1
+        assert sent == ["b", "c"]
+        assert tries == 1, "it is asked again after a pause, not in every round"
+        assert [r.getMessage() for r in caplog.records if "samples of alpha wait" in r.getMessage()] != []
+        full = False
+        deadline = time.monotonic() + 5
+        while len(sent) < 4 and time.monotonic() < deadline:
+            await forwarder.round()
+            await asyncio.sleep(0.05)
+        assert sent == ["b", "c", "a1", "a2"]
+
+
+async def test_rows_of_one_agent_that_cannot_be_read_hold_up_no_other(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with worker_context(worker_settings(home), answer(accepted)) as ctx:
+        await scored(ctx, *turns(1, session="a"), *turns(1, agent="beta", session="b"))
+        with ctx.engine.begin() as c:
+            damaged = sa.update(schema.traces).where(schema.traces.c.agent == "alpha")
+            c.execute(damaged.values(prompt_token_ids=b"\x01\x02\x03"))
+        assert await Forwarder(ctx).round() == 1
+        assert rows(ctx.engine, "session", "forward") == [("a", "waiting"), ("b", "forwarded")]
+        assert "forwarding of alpha failed" in caplog.text
+        with ctx.engine.connect() as c:
+            assert read_counters(c, "worker_failures") == {"worker_failures": {"forwarding of alpha": 1}}
 
 
 @pytest.mark.law(3)

@@ -134,6 +134,17 @@ def test_recalled_traces_are_gone(trainer: TrainerServer, agent: str) -> None:
     assert trainer.http.get(f"/v1/agents/{agent}").json()["queued"] == 1
 
 
+def test_rewards_of_queued_traces_can_be_changed(trainer: TrainerServer, agent: str) -> None:
+    given = bodies(trainer, agent, 2)
+    put(trainer, given)
+    trace = given[0]["turns"][0]["trace_id"]
+    changes = {"rewards": [{"trace_id": trace, "reward": -1.0}, {"trace_id": "unknown", "reward": 1.0}]}
+    reply = trainer.http.post("/v1/samples/rewards", json=changes).json()
+    assert reply == {"changed": [trace], "in_training": []}
+    bad = {"rewards": [{"trace_id": trace, "reward": 7.0}]}
+    assert trainer.http.post("/v1/samples/rewards", json=bad).status_code == 422
+
+
 def test_train_now_trains_less_than_a_batch_and_the_head_can_go_back(trainer: TrainerServer, agent: str) -> None:
     put(trainer, bodies(trainer, agent, 2))
     assert trainer.http.post(f"/v1/agents/{agent}/train").json() == {"started": True, "reason": None}

@@ -228,6 +228,22 @@ def test_a_recall_in_the_middle_of_a_step_keeps_the_trace_out_of_the_weights(roo
     assert [s.id for s in rooms.queue.claim("alpha", 3)] == ["s0", "s2"]
 
 
+def test_a_reward_that_changed_counts_for_what_is_not_trained_yet(rooms: Rooms) -> None:
+    rooms.queue.put([sample("s0", traces=("a", "b")), sample("s1"), sample("s2")])
+    trained = [s.id for s in rooms.queue.claim("alpha", 1)]
+    assert rooms.queue.set_rewards({"a": 0.25}) == ([], ["a"]), "it is in a step that is running"
+    rooms.queue.release(trained, "the step failed")
+    assert rooms.queue.set_rewards({"b": -1.0, "trace-s2": 1.0, "unknown": 1.0, "a\x00b": 1.0}) == (
+        ["b", "trace-s2"],
+        [],
+    )
+    claimed = rooms.queue.claim("alpha", 3)
+    assert [[turn.reward for turn in s.turns] for s in claimed] == [[0.5, -1.0], [0.5], [1.0]]
+    assert claimed[0].turns[1].logprobs == (-0.2, -0.25)
+    rooms.versions.commit(version(1), [s.id for s in claimed], 0)
+    assert rooms.queue.set_rewards({"b": 1.0}) == ([], [])
+
+
 def test_recalled_tokens_are_gone_from_the_file(rooms: Rooms, tmp_path: Path) -> None:
     rooms.queue.put([sample("s0")])
     rooms.queue.recall(["trace-s0"])

@@ -7,7 +7,7 @@ trained (by ``StoredVersions.commit`` alone), set aside, or recalled by its owne
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -151,6 +151,25 @@ class StoredQueue:
 
     def _with_descendants(self, c: sa.Connection, trained: set[tuple[str, int]]) -> set[tuple[str, int]]:
         """Versions that were trained from a version that learned from a trace have learned from it too."""
+    def set_rewards(self, rewards: Mapping[str, float]) -> tuple[list[str], list[str]]:
+        """Change rewards, by trace id; ids of traces that will be trained so, and of those in a running step."""
+        changed: set[str] = set()
+        claimed: set[str] = set()
+        with self._store.write() as c:
+            of = sample_traces.c
+            for part in _parts(sorted(name for name in rewards if "\x00" not in name)):
+                mine = sa.select(of.sample_id).where(of.trace_id.in_(part))
+                query = sa.select(samples.c.id, samples.c.state, samples.c.turns).where(samples.c.id.in_(mine))
+                for row in c.execute(query.where(samples.c.state.in_(("waiting", "claimed")))).all():
+                    told = {trace for trace, *_ in row.turns} & set(part)
+                    if row.state == "claimed":
+                        claimed |= told
+                        continue
+                    turns = [[trace, *span, rewards.get(trace, reward)] for trace, *span, reward in row.turns]
+                    c.execute(samples.update().where(samples.c.id == row.id).values(turns=turns))
+                    changed |= told
+        return sorted(changed), sorted(claimed)
+
         reached = set(trained)
         for agent in {agent for agent, _ in trained}:
             query = sa.select(versions.c.number, versions.c.manifest).where(versions.c.agent == agent)

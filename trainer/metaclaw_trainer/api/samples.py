@@ -1,4 +1,4 @@
-"""Samples in, and traces out again when their owner deletes them."""
+"""Samples in, their rewards corrected, and traces out again when their owner deletes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from metaclaw_hooks.errors import InvalidSampleError
 from metaclaw_hooks.types import Sample
-from metaclaw_hooks.wire import RecallReply, RecallRequest, Refusal, SampleBody, SamplesReply, SamplesRequest
+from metaclaw_hooks.wire import (
+    RecallReply,
+    RecallRequest,
+    Refusal,
+    RewardsReply,
+    RewardsRequest,
+    SampleBody,
+    SamplesReply,
+    SamplesRequest,
+)
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
@@ -103,3 +112,10 @@ def recall(body: RecallRequest, services: Annotated[Services, Depends(services_o
     """Forget traces: waiting samples of theirs are removed, and the versions that learned from them are named."""
     removed, trained_into = services.queue.recall(body.trace_ids)
     return RecallReply(removed=removed, trained_into=trained_into)
+
+
+@router.post("/v1/samples/rewards")
+def set_rewards(body: RewardsRequest, services: Annotated[Services, Depends(services_of)]) -> RewardsReply:
+    """Change rewards of queued traces, as late feedback does. What is trained already stays as it is."""
+    changed, in_training = services.queue.set_rewards({change.trace_id: change.reward for change in body.rewards})
+    return RewardsReply(changed=changed, in_training=in_training)

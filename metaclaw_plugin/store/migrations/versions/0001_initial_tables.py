@@ -286,6 +286,7 @@ def upgrade() -> None:
         sa.Column("forward", sa.String(length=16), server_default="waiting", nullable=False),
         sa.Column("forward_reason", sa.String(length=400), nullable=True),
         sa.Column("sample_id", sa.String(length=64), nullable=True),
+        sa.Column("told_reward", sa.Float(), nullable=True),
         sa.Column("lease_owner", sa.String(length=64), nullable=True),
         sa.Column("lease_until", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("seq"),
