@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,13 @@ from metaclaw_hooks.types import Sample
 from metaclaw_hooks.wire import AgentTraining
 from metaclaw_trainer import forward
 from metaclaw_trainer.agents import AgentBook
+from metaclaw_trainer.agreement import PROOF_TOKENS
 from metaclaw_trainer.batching import Datum, datum_of
 from metaclaw_trainer.checkpoints import read_checkpoint, read_manifest
 from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.loop import TrainingLoop
 from metaclaw_trainer.owners import Owner
+from metaclaw_trainer.proof import read_proof
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import open_store
@@ -70,6 +72,22 @@ def test_a_full_batch_becomes_a_version_with_its_lineage(trainer: Trainer) -> No
     assert listed.sha256 == read_manifest(folder)["files"]["adapter_model.safetensors"]["sha256"]
     assert listed.metrics["reward"] == 0.0
     assert listed.metrics["gap"] < 1e-4
+
+
+def test_a_version_comes_with_a_trace_that_its_own_weights_scored(trainer: Trainer) -> None:
+    samples = trainer.feed(range(4))
+    trainer.loop.run_once()
+    proof = read_proof(trainer.store, "ada@v1")
+    assert proof is not None
+    [sample] = [one for one in samples if one.id == proof.sample_id]
+    assert proof.token_ids == sample.token_ids[-PROOF_TOKENS:]
+    datum = as_one_text(proof.token_ids)
+    new, base = (trainer.engine.call(lambda e, k=key: e.logprobs(k, [datum])[0]) for key in ("agent:ada", None))
+    assert torch.allclose(torch.tensor(proof.logprobs), new, atol=1e-5)
+    assert not torch.allclose(torch.tensor(proof.logprobs), base, atol=1e-5)
+    assert read_proof(trainer.store, "ada@v2") is None
+    trainer.queue.recall([sample.turns[0].trace_id])
+    assert read_proof(trainer.store, "ada@v1") is None
 
 
 def test_an_unfilled_batch_waits(trainer: Trainer) -> None:
@@ -213,3 +231,10 @@ def test_a_head_that_no_longer_fits_the_settings_is_refused_with_the_reason(
 
 def _datums(samples: list[Sample]) -> list[Datum]:
     return [datum_of(sample, [0.0] * len(sample.turns)) for sample in samples]
+
+
+def as_one_text(tokens: Sequence[int]) -> Datum:
+    """A datum that predicts every token but the first."""
+    count = len(tokens) - 1
+    nothing = torch.zeros(count)
+    return Datum(torch.tensor(tokens[:-1]), torch.arange(count), torch.tensor(tokens[1:]), nothing, nothing)

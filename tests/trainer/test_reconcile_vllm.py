@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from metaclaw_trainer.errors import VllmRefusedError, VllmUnavailableError
+from metaclaw_trainer.proof import Proof, Prover
 from metaclaw_trainer.reconcile import Reconciler
 from metaclaw_trainer.versions import Wanted
 from metaclaw_trainer.vllm_client import VllmClient
@@ -22,6 +24,7 @@ class Network:
     calls: list[str] = field(default_factory=list)
     down: bool = False
     broken: set[str] = field(default_factory=set)  # names whose load fails
+    logprob: float = -2.0  # that every token of a prompt gets
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.down:
@@ -31,6 +34,8 @@ class Network:
             cards = [{"id": n, "root": r, "parent": "metaclaw-base"} for n, r in self.loaded.items()]
             return httpx.Response(200, json={"object": "list", "data": [base, *cards]})
         body = json.loads(request.content)
+        if request.url.path == "/v1/completions":
+            return self._score(body)
         name = body["lora_name"]
         self.calls.append(f"{request.url.path.split('/')[-1].removesuffix('_lora_adapter')} {name}")
         if request.url.path == "/v1/load_lora_adapter":
@@ -45,6 +50,11 @@ class Network:
         del self.loaded[name]
         return httpx.Response(200, text="Success")
 
+    def _score(self, body: dict[str, Any]) -> httpx.Response:
+        self.calls.append(f"score {body['model']}")
+        entries = [None, *({str(token): {"logprob": self.logprob}} for token in body["prompt"][1:])]
+        return httpx.Response(200, json={"choices": [{"prompt_logprobs": entries}]})
+
 
 def _error(status: int, message: str) -> httpx.Response:
     return httpx.Response(status, json={"error": {"message": message, "type": "x", "code": status}})
@@ -55,12 +65,13 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.proofs: dict[str, Proof] = {}
         self.networks = [Network(), Network()]
         self.wanted: list[Wanted] = []
         clients = [
             VllmClient(f"http://vllm-{i}", transport=httpx.MockTransport(n)) for i, n in enumerate(self.networks)
         ]
-        self.reconciler = Reconciler(clients, lambda: self.wanted, folder)
+        self.reconciler = Reconciler(clients, lambda: self.wanted, folder, prover=Prover(self.proofs.get, 0.3))
 
     def want(self, *names: str) -> None:
         self.wanted = [Wanted(name, str(self.folder / name)) for name in names]
@@ -136,6 +147,35 @@ def test_an_adapter_that_vllm_refuses_is_not_tried_every_time_and_harms_no_other
     assert stage.networks[0].calls.count("load bad@v1") == 1
     stage.networks[0].broken = stage.networks[1].broken = set()
     assert stage.reconciler.outcome(["bad@v1"], stage.reconciler.once(retry_refused=True))[0] == ["bad@v1"]
+
+
+def test_each_replica_must_score_a_stored_trace_as_the_trainer_did(stage: Stage) -> None:
+    stage.proofs["a@v1"] = Proof("s1", (5, 6, 7), (-2.2, -1.9))
+    stage.networks[1].logprob = -4.0  # another base model, say
+    stage.want("a@v1", "b@v1")
+    states = stage.reconciler.once()
+    held, failed = stage.reconciler.outcome(["a@v1", "b@v1"], states)
+    assert held == ["b@v1"]
+    assert "http://vllm-1 and the trainer disagree about a@v1 by 1.95 nats a token" in failed["a@v1"]
+    assert stage.networks[0].calls == ["load a@v1", "score a@v1", "load b@v1"]
+    assert set(stage.networks[0].loaded) == {"a@v1", "b@v1"}
+    assert set(stage.networks[1].loaded) == {"b@v1"}
+    stage.networks[1].logprob = -2.0
+    states = stage.reconciler.once(retry_refused=True)
+    assert stage.reconciler.outcome(["a@v1"], states) == (["a@v1"], {})
+    assert stage.networks[0].calls.count("score a@v1") == 1  # once it is proven it is not asked again
+    stage.networks[0].loaded.clear()  # unless vLLM was restarted
+    stage.reconciler.once()
+    assert stage.networks[0].calls.count("score a@v1") == 2
+
+
+def test_what_was_there_before_the_trainer_began_is_asked_too_and_left_where_it_is(stage: Stage) -> None:
+    stage.proofs["a@v1"] = Proof("s1", (5, 6), (-9.0,))
+    stage.want("a@v1")
+    stage.networks[0].loaded = {"a@v1": str(stage.folder / "a@v1")}  # it may be serving
+    states = stage.reconciler.once()
+    assert "disagree about a@v1" in states[0].failed["a@v1"]
+    assert set(stage.networks[0].loaded) == {"a@v1"}
 
 
 def test_the_thread_keeps_looking(stage: Stage) -> None:

@@ -6,10 +6,17 @@ model, type, adapter or chat template, and a gradient from such a sample would p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from metaclaw_hooks.types import Sample
 from torch import Tensor
 
 from metaclaw_trainer.batching import Datum
+from metaclaw_trainer.engine_thread import EngineThread
+from metaclaw_trainer.proof import Proof
+
+PROOF_TOKENS = 64  # one short forward pass, here and in vLLM
 
 
 class DisagreementError(Exception):
@@ -45,3 +52,23 @@ class Agreement:
             return {}
         total, tokens = (sum(part) for part in zip(*self._sums.values(), strict=True))
         return {"gap": total / tokens, "gap_worst": max(apart / count for apart, count in self._sums.values())}
+
+
+def make_proof(engine: EngineThread, key: str, samples: Sequence[Sample]) -> Proof:
+    """Score the end of the shortest of ``samples``, as a text of its own, under the adapter ``key``.
+
+    A sample has a prompt and an answer, so at least two tokens.
+    """
+    sample = min(samples, key=lambda one: len(one.token_ids))
+    end = sample.turns[-1].end
+    tokens = sample.token_ids[max(0, end - PROOF_TOKENS) : end]
+    count = len(tokens) - 1
+    datum = Datum(
+        input_ids_L=torch.tensor(tokens[:-1], dtype=torch.int64),
+        predict_at_N=torch.arange(count),
+        targets_N=torch.tensor(tokens[1:], dtype=torch.int64),
+        sampled_N=torch.zeros(count),
+        advantages_N=torch.zeros(count),
+    )
+    [logprobs_N] = engine.call(lambda e: e.logprobs(key, [datum]))
+    return Proof(sample.id, tuple(tokens), tuple(logprobs_N.tolist()))

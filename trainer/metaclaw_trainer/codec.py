@@ -21,15 +21,15 @@ def encode_sample(sample: Sample) -> dict[str, Any]:
         "skill_generation": sample.skill_generation,
         "hint": sample.hint,
         "tokens": len(sample.token_ids),
-        "token_ids": _pack("I", sample.token_ids),
+        "token_ids": pack("I", sample.token_ids),
         "turns": [[t.trace_id, t.start, len(t.logprobs), t.reward] for t in sample.turns],
-        "logprobs": _pack("d", (value for turn in sample.turns for value in turn.logprobs)),
+        "logprobs": pack("d", (value for turn in sample.turns for value in turn.logprobs)),
     }
 
 
 def decode_sample(row: sa.Row[Any]) -> Sample:
     """The sample of a row whose tokens are still there."""
-    logprobs = _unpack("d", row.logprobs)
+    logprobs = unpack("d", row.logprobs)
     turns, cursor = [], 0
     for trace_id, start, length, reward in row.turns:
         turns.append(SampleTurn(trace_id, start, tuple(logprobs[cursor : cursor + length]), reward))
@@ -38,7 +38,7 @@ def decode_sample(row: sa.Row[Any]) -> Sample:
         id=row.id,
         agent=row.agent,
         session=row.session,
-        token_ids=tuple(_unpack("I", row.token_ids)),
+        token_ids=tuple(unpack("I", row.token_ids)),
         turns=tuple(turns),
         adapter_version=row.adapter_version,
         skill_generation=row.skill_generation,
@@ -46,14 +46,16 @@ def decode_sample(row: sa.Row[Any]) -> Sample:
     )
 
 
-def _pack(kind: str, values: Iterable[float]) -> bytes:
+def pack(kind: str, values: Iterable[float]) -> bytes:
+    """Numbers as bytes: ``I`` uint32, ``d`` float64; little-endian."""
     packed = array(kind, values)
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
 
 
-def _unpack(kind: str, data: bytes) -> array[Any]:
+def unpack(kind: str, data: bytes) -> array[Any]:
+    """The numbers that ``pack`` made bytes of."""
     unpacked = array(kind, bytes(data))
     if sys.byteorder == "big":
         unpacked.byteswap()

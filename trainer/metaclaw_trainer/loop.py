@@ -21,6 +21,7 @@ from metaclaw_hooks.types import AdapterVersion, Sample
 
 from metaclaw_trainer.adapters import AdapterConfig
 from metaclaw_trainer.advantages import Advantages, Baseline, given
+from metaclaw_trainer.agreement import make_proof
 from metaclaw_trainer.checkpoints import Checkpoint, read_checkpoint, remove_checkpoint, sweep, write_checkpoint
 from metaclaw_trainer.distillation import Distillation
 from metaclaw_trainer.engine_thread import EngineThread
@@ -212,7 +213,7 @@ class TrainingLoop:
             path=str(written.path),
             created_at=created_at,
         )
-        if not self._versions.commit(version, ids, head.generation):
+        if not self._versions.commit(version, ids, head.generation, make_proof(self._engine, key, result.trained)):
             if not self._listed(agent, number):
                 remove_checkpoint(target)
             return self._thrown_away(agent, ids)

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from metaclaw_hooks.types import AdapterVersion, Sample
 
+from metaclaw_trainer.proof import Proof
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -50,8 +52,10 @@ class VersionStore(Protocol):
         """Where the agent's training stands; ``Head(0, 0)`` for one that never trained."""
         ...
 
-    def commit(self, version: AdapterVersion, sample_ids: Sequence[str], generation: int) -> bool:
-        """In one transaction: list the version, make it the head, mark its samples trained.
+    def commit(
+        self, version: AdapterVersion, sample_ids: Sequence[str], generation: int, proof: Proof | None = None
+    ) -> bool:
+        """In one transaction: list the version with its proof, make it the head, mark its samples trained.
 
         Committing a version that is listed already changes nothing and returns True. Returns False, and changes
         nothing, if the head was put back meanwhile (``generation`` is not the current one).

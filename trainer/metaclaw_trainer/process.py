@@ -20,6 +20,7 @@ from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.loop import TrainingLoop
 from metaclaw_trainer.metrics import Metrics
 from metaclaw_trainer.owners import Owner
+from metaclaw_trainer.proof import Prover, read_proof
 from metaclaw_trainer.reconcile import Reconciler
 from metaclaw_trainer.retention import Retention
 from metaclaw_trainer.runs import Runs
@@ -55,7 +56,8 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
     versions = StoredVersions(store, owner.id)
     runs = Runs(engine, store, owner.id, settings)
     clients = tuple(VllmClient(url, settings.vllm_api_key) for url in settings.vllm_urls)
-    reconciler = Reconciler(clients, lambda: [*versions.served(), *runs.wanted()], settings.folder)
+    prover = Prover(lambda name: read_proof(store, name), settings.gap_threshold)
+    reconciler = Reconciler(clients, lambda: [*versions.served(), *runs.wanted()], settings.folder, prover=prover)
     services = Services(
         settings=settings,
         store=store,

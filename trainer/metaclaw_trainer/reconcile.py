@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metaclaw_trainer.errors import TrainerError, VllmRefusedError, VllmUnavailableError
+from metaclaw_trainer.proof import Prover
 from metaclaw_trainer.versions import Wanted
 from metaclaw_trainer.vllm_client import VllmClient
 
@@ -43,6 +44,7 @@ class Reconciler:
         clients: one for each replica.
         wanted: reads the wanted set from the store.
         folder: adapters below it are ours.
+        prover: sees that vLLM gives a version the log-probs that the trainer gave it; None: nobody does.
         interval: seconds between looks, in the thread that ``start`` runs.
     """
 
@@ -52,11 +54,14 @@ class Reconciler:
         wanted: Callable[[], Sequence[Wanted]],
         folder: Path,
         interval: float = 2.0,
+        prover: Prover | None = None,
     ) -> None:
         self._clients = list(clients)
         self._wanted = wanted
         self._folder = folder.resolve()
         self._interval = interval
+        self._prover = prover
+        self._proven: list[set[str]] = [set() for _ in self._clients]  # what each vLLM has been seen to hold rightly
         self._locks = [threading.Lock() for _ in self._clients]
         self._refused: list[dict[str, tuple[float, str]]] = [{} for _ in self._clients]
         self.states = [ReplicaState(client.url) for client in self._clients]
@@ -116,13 +121,14 @@ class Reconciler:
         return state
 
     def _bring(self, index: int, state: ReplicaState, retry_refused: bool) -> None:
-        client, refused = self._clients[index], self._refused[index]
+        client, refused, proven = self._clients[index], self._refused[index], self._proven[index]
         there = {model.name: model.root for model in client.models() if model.parent is not None}
         # Read after the list: whoever loads an adapter has written before that it is wanted, so what was just loaded
         # by somebody else is never taken for unwanted.
         wanted = {entry.name: entry.path for entry in self._wanted()}
+        proven.intersection_update(there)
         for name, path in wanted.items():
-            if there.get(name) == path:
+            if there.get(name) == path and name in proven:
                 state.held.add(name)
                 continue
             at, reason = refused.get(name, (0.0, ""))
@@ -130,23 +136,41 @@ class Reconciler:
                 state.failed[name] = reason
                 continue
             try:
-                if name in there:  # of that name, but another folder: from a home that is gone
-                    client.unload(name)
-                client.load(name, path)
+                state.loaded += self._put(client, name, path, there.get(name))
             except VllmRefusedError as error:
                 refused[name] = (time.monotonic(), str(error))
                 state.failed[name] = str(error)
                 log.error("%s was not loaded: %s", name, error)
                 continue
             refused.pop(name, None)
+            proven.add(name)
             state.held.add(name)
-            state.loaded += 1
-            log.info("loaded %s into vLLM at %s", name, client.url)
         for name, root in there.items():
             if name not in wanted and self._is_ours(root):
                 client.unload(name)
                 state.unloaded += 1
                 log.info("unloaded %s from vLLM at %s", name, client.url)
+
+    def _put(self, client: VllmClient, name: str, path: str, root: str | None) -> bool:
+        """See that vLLM holds under ``name`` what the trainer made; whether it was loaded for that.
+
+        ``root``: the folder from which it holds it already, if it does.
+        """
+        if root == path:  # by another process, or before this one began
+            if self._prover:
+                self._prover.check(client, name)
+            return False
+        if root is not None:  # of that name, but another folder: from a home that is gone
+            client.unload(name)
+        client.load(name, path)
+        try:
+            if self._prover:
+                self._prover.check(client, name)
+        except VllmRefusedError:
+            client.unload(name)
+            raise
+        log.info("loaded %s into vLLM at %s", name, client.url)
+        return True
 
     def _is_ours(self, root: str) -> bool:
         path = Path(root)

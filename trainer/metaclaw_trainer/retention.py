@@ -16,7 +16,7 @@ from metaclaw_hooks.names import version_name
 
 from metaclaw_trainer.checkpoints import remove_checkpoint
 from metaclaw_trainer.errors import TrainerError
-from metaclaw_trainer.schema import agents, served, versions
+from metaclaw_trainer.schema import agents, proofs, served, versions
 from metaclaw_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Retention:
             if wanted is not None or head == number:
                 return False
             c.execute(versions.update().where(mine).values(removed_at=time.time()))
+            c.execute(proofs.delete().where(proofs.c.agent == agent, proofs.c.number == number))
         return True
 
     def _finish_removals(self) -> None:

@@ -15,7 +15,7 @@ from metaclaw_hooks.types import Sample
 
 from metaclaw_trainer.agents import ensure_agent, raise_generation
 from metaclaw_trainer.codec import decode_sample, encode_sample
-from metaclaw_trainer.schema import agents, recalled_traces, sample_traces, samples, versions
+from metaclaw_trainer.schema import agents, proofs, recalled_traces, sample_traces, samples, versions
 from metaclaw_trainer.store import Store
 
 SPENT: dict[str, object] = {"token_ids": None, "logprobs": None, "hint": None}  # what is not kept once it is settled
@@ -146,11 +146,11 @@ class StoredQueue:
                         **SPENT,
                     )
                 )
+            for part in _parts(sorted(ids)):
+                c.execute(proofs.delete().where(proofs.c.sample_id.in_(part)))
             names = sorted(f"{agent}@v{number}" for agent, number in self._with_descendants(c, trained))
         return removed, names
 
-    def _with_descendants(self, c: sa.Connection, trained: set[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Versions that were trained from a version that learned from a trace have learned from it too."""
     def set_rewards(self, rewards: Mapping[str, float]) -> tuple[list[str], list[str]]:
         """Change rewards, by trace id; ids of traces that will be trained so, and of those in a running step."""
         changed: set[str] = set()
@@ -170,6 +170,8 @@ class StoredQueue:
                     changed |= told
         return sorted(changed), sorted(claimed)
 
+    def _with_descendants(self, c: sa.Connection, trained: set[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Versions that were trained from a version that learned from a trace have learned from it too."""
         reached = set(trained)
         for agent in {agent for agent, _ in trained}:
             query = sa.select(versions.c.number, versions.c.manifest).where(versions.c.agent == agent)

@@ -100,6 +100,18 @@ versions = sa.Table(
     sa.UniqueConstraint("agent", "number"),
 )
 
+# The end of a trace that a version was trained on, scored by the trainer, for vLLM to be compared with (proof.py). Goes
+# with the version's files, and when the owner deletes a trace of the sample.
+proofs = sa.Table(
+    "proofs",
+    metadata,
+    sa.Column("agent", sa.String(63), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("sample_id", sa.String(200), nullable=False, index=True),
+    sa.Column("token_ids", sa.LargeBinary, nullable=False),  # little-endian uint32
+    sa.Column("logprobs", sa.LargeBinary, nullable=False),  # little-endian float64, of each token but the first
+)
+
 # Trainer processes, so that what a dead one held is given back.
 owners = sa.Table(
     "owners",

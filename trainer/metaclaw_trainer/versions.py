@@ -20,6 +20,7 @@ from metaclaw_hooks.wire import VersionBody
 from metaclaw_trainer.agents import ensure_agent, raise_generation
 from metaclaw_trainer.errors import ConflictError, UnknownVersionError
 from metaclaw_trainer.ports import Head
+from metaclaw_trainer.proof import Proof, save_proof
 from metaclaw_trainer.sample_queue import MAX_INT, SPENT, free_if_done
 from metaclaw_trainer.schema import agents, counters, samples, served, versions
 from metaclaw_trainer.store import Store, insert_missing
@@ -46,7 +47,9 @@ class StoredVersions:
             row = c.execute(sa.select(agents).where(agents.c.name == agent)).first()
         return Head(row.head, row.newest, row.head_generation) if row else Head(0, 0)
 
-    def commit(self, version: AdapterVersion, sample_ids: Sequence[str], generation: int) -> bool:
+    def commit(
+        self, version: AdapterVersion, sample_ids: Sequence[str], generation: int, proof: Proof | None = None
+    ) -> bool:
         """In one transaction: list the version, make it the head, mark its samples trained.
 
         False, and nothing is changed, if the head was put back or a sample was recalled meanwhile, or if this process
@@ -83,6 +86,8 @@ class StoredVersions:
                     created_at=version.created_at,
                 )
             )
+            if proof is not None:
+                save_proof(c, version.agent, version.number, proof)
             c.execute(
                 agents.update()
                 .where(agents.c.name == version.agent)
@@ -169,6 +174,11 @@ class StoredVersions:
         with self._store.read() as c:
             names = sorted(c.scalars(sa.select(served.c.name)))
             return [Wanted(name, self._path(c, name)) for name in names]
+
+    def path_of(self, name: str) -> str | None:
+        """The folder of ``agent@vN``; None: this trainer never made it, or its files were removed."""
+        with self._store.read() as c:
+            return None if self._cannot_serve(c, name) else self._path(c, name)
 
     def _path(self, c: sa.Connection, name: str) -> str:
         agent, number = parse_version(name)

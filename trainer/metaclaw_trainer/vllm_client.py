@@ -129,14 +129,16 @@ class VllmClient:
             raise VllmRefusedError(f"vLLM at {self.url} gave no token ids with log-probabilities; vLLM 0.32 does")
         return Drawn(tuple(ids), tuple(map(float, logprobs)), choice.get("finish_reason"), choice.get("text") or "")
 
-    def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> tuple[float, ...]:
+    def prompt_logprobs(
+        self, model: str, token_ids: Sequence[int], timeout: httpx.Timeout = SAMPLE_TIMEOUT
+    ) -> tuple[float, ...]:
         """Natural log-probability, before temperature, of each of ``token_ids[1:]`` given what precedes it; length T-1.
 
         Raises:
             VllmRefusedError: if a token id is outside the model's vocabulary, or the sequence is too long for it.
         """
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
-        answer = self._json("POST", "/v1/completions", body, SAMPLE_TIMEOUT)
+        answer = self._json("POST", "/v1/completions", body, timeout)
         entries = answer["choices"][0].get("prompt_logprobs")
         if not entries or len(entries) != len(token_ids):
             raise VllmRefusedError(f"vLLM at {self.url} gave no prompt_logprobs for {len(token_ids)} token ids")

@@ -52,6 +52,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
+        "proofs",
+        sa.Column("agent", sa.String(length=63), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("sample_id", sa.String(length=200), nullable=False),
+        sa.Column("token_ids", sa.LargeBinary(), nullable=False),
+        sa.Column("logprobs", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("agent", "number"),
+    )
+    with op.batch_alter_table("proofs", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_proofs_sample_id"), ["sample_id"], unique=False)
+
+    op.create_table(
         "recalled_traces",
         sa.Column("trace_id", sa.String(length=200), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
