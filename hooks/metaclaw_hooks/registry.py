@@ -209,7 +209,13 @@ class Registry:
             return False
         found: dict[Path, discovery.PluginFile] = {}
         changed = False
-        for item in discovery.scan_folder(self._folder):
+        try:
+            items = list(discovery.scan_folder(self._folder))
+        except OSError as error:  # such as a folder that may not be read: what is loaded stays
+            self._problem(str(self._folder), PluginLoadError(f"{self._folder} cannot be read: {error.strerror}"))
+            return False
+        self._problems.pop(str(self._folder), None)
+        for item in items:
             if isinstance(item, PluginLoadError):
                 self._problem(str(item).split(": ")[0], item)
             else:

@@ -6,6 +6,7 @@ worker ── POST /v1/samples/rewards ─────► trainer     rewards th
 worker ── PUT  /v1/agents/{agent} ──────► trainer     may it train now, and how
 worker ◄─ GET  /v1/agents ───────────── trainer      queue, step, why nothing is training
 worker ◄─ GET  /v1/versions?after=… ─── trainer      new versions, in order
+metaclaw hooks list ◄─ GET /v1/hooks ─── trainer     plugins of its process, and what they did
 worker ── PUT  /v1/served ──────────────► trainer     the set of versions that vLLM shall hold
 anyone ◄─ GET  /v1/adapters/{name}/{file}  trainer    the files of a version, where no disk is shared
 worker ── POST /v1/agents/{agent}/head ─► trainer     a candidate was rejected: go back
@@ -210,6 +211,23 @@ class HeadRequest(Wire):
 class TrainReply(Wire):
     started: bool
     reason: str | None = None
+
+
+class HookFigures(Wire):
+    """What one hook of one plugin did in a process."""
+
+    plugin: str
+    origin: str  # "package ..." or the path of a file
+    agent: str | None  # the only one that it is called for
+    hook: str
+    calls: int
+    failures: int
+    seconds: float
+
+
+class HooksReply(Wire):
+    hooks: list[HookFigures]
+    problems: dict[str, str]  # what could not be loaded, and why
 
 
 class HealthReply(Wire):

@@ -12,9 +12,13 @@ from metaclaw_plugin.cli.options import AsJson, Config
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from metaclaw_hooks.wire import HooksReply
     from sqlalchemy.engine import Engine
 
-    from metaclaw_plugin.settings import Settings
+    from metaclaw_plugin.settings import RlSettings, Settings
+
+TRAINER_HOOKS = ("accept_sample", "compute_advantages", "register_losses", "after_step")
+TRAINER_PATIENCE = 3.0  # seconds
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
@@ -25,10 +29,14 @@ def list_command(config: Config = None, as_json: AsJson = False) -> None:
 
     Plugins are built in, come with an installed package (entry points of the group `metaclaw`), or are plain .py files
     in the folder of hooks: FOLDER/x.py for every agent, FOLDER/AGENT/x.py for one. What cannot be loaded is listed with
-    the reason. Calls, failures and time are those of all workers so far.
+    the reason. Calls, failures and time are those of all gateways and workers so far, a few seconds late, and of the
+    trainer since it started.
     """
+    import asyncio
+
     from metaclaw_hooks.plugins import HOOKS
 
+    from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
     from metaclaw_plugin.store.counters import read_counters
     from metaclaw_plugin.worker.wiring import load_plugins
 
@@ -53,10 +61,21 @@ def list_command(config: Config = None, as_json: AsJson = False) -> None:
     ]
     problems = dict(plugins.problems)
     plugins.close()
+    silent = None
+    if settings.rl.enabled:
+        try:
+            told = asyncio.run(_ask_trainer(settings.rl))
+            found = _with_trainer(found, told)
+            problems |= told.problems
+        except (TrainerUnavailableError, TrainerRefusedError, TimeoutError) as error:
+            silent = str(error) or f"the trainer at {settings.rl.remote_url} did not answer in time"
     if as_json:
-        typer.echo(json.dumps({"folder": str(settings.hooks_path), "plugins": found, "problems": problems}, indent=2))
+        listed = {"folder": str(settings.hooks_path), "plugins": found, "problems": problems, "trainer_problem": silent}
+        typer.echo(json.dumps(listed, indent=2))
         return
     _print_table(found)
+    if silent and any(row["hook"] in TRAINER_HOOKS for row in found):
+        typer.echo(f"what the trainer's hooks did is not known: {silent}")
     for where, reason in problems.items():
         typer.echo(f"not loaded: {reason if where in reason else f'{where}: {reason}'}")
     typer.echo(
@@ -91,6 +110,32 @@ def try_command(
         typer.echo(f"{name:<24} no opinion")
     combined = trial["combined"]
     typer.echo(f"{'combined':<24} {'no opinion: it stays unscored' if combined is None else f'{combined:+.3f}'}")
+
+
+async def _ask_trainer(rl: RlSettings) -> HooksReply:
+    import asyncio
+
+    import httpx
+
+    from metaclaw_plugin.worker.trainer_client import TrainerClient
+
+    async with httpx.AsyncClient(trust_env=False) as http:
+        client = TrainerClient(http, rl.remote_url, rl.remote_api_key)
+        return await asyncio.wait_for(client.hooks(), TRAINER_PATIENCE)
+
+
+def _with_trainer(found: list[dict[str, Any]], told: HooksReply) -> list[dict[str, Any]]:
+    """``found`` with the trainer's figures; what only the trainer has, perhaps on another machine, is added."""
+    rows = {(row["plugin"], row["hook"]): row for row in found}
+    for theirs in told.hooks:
+        if theirs.hook not in TRAINER_HOOKS:
+            continue
+        unseen = {**theirs.model_dump(), "scores_lone_reply": None, "calls": 0, "failures": 0, "seconds": 0.0}
+        row = rows.setdefault((theirs.plugin, theirs.hook), unseen)
+        row["calls"] += theirs.calls
+        row["failures"] += theirs.failures
+        row["seconds"] += theirs.seconds
+    return list(rows.values())
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
-from metaclaw_hooks.plugins import create_plugin_manager
+from metaclaw_hooks.plugins import HookStats, create_plugin_manager
+from metaclaw_hooks.watching import FolderWatch
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.gateway.metrics import Metrics
@@ -15,6 +16,7 @@ from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.request import Gateway
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.opening import open_skills
+from metaclaw_plugin.store.hook_counters import add_hook_stats
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +29,21 @@ def create_gateway(settings: Settings, engine: Engine) -> Gateway:
     """Put a gateway together."""
     library, retriever = open_skills(settings)
     retriever.select("", [_FIRST_WORDS])  # builds its index now, or the first request would wait for that
-    hooks: Path | None = settings.hooks_path if settings.hooks_path.is_dir() else None
+    plugins = create_plugin_manager(settings.hooks_path, settings.hooks.timeout, wanted=HOOKS)
+    FolderWatch(plugins, report=lambda fresh: _count(engine, fresh)).start()
     return Gateway(
         settings=settings,
         engine=engine,
         library=library,
         retriever=retriever,
-        plugins=create_plugin_manager(hooks, settings.hooks.timeout, wanted=HOOKS),
+        plugins=plugins,
         metrics=Metrics(),
     )
+
+
+def _count(engine: Engine, fresh: Mapping[tuple[str, str], HookStats]) -> None:
+    with engine.begin() as c:
+        add_hook_stats(c, fresh)
 
 
 @cache

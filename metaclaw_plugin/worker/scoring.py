@@ -22,7 +22,7 @@ from metaclaw_plugin.skills.support import reserve_support
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.codec import decode_trace
-from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.hook_counters import add_hook_stats
 from metaclaw_plugin.store.rewards import Outcome, feedback_on, record_outcomes
 from metaclaw_plugin.store.schema import traces
 from metaclaw_plugin.worker.combine import best_hint, combine
@@ -214,12 +214,7 @@ def store_hook_counters(ctx: WorkerContext) -> Mapping[tuple[str, str], int]:
     fresh = ctx.plugins.take_stats()
     if fresh:
         with ctx.engine.begin() as c:
-            for (plugin, hook), stats in sorted(fresh.items()):
-                label = f"{plugin}:{hook}"
-                count(c, "hook_calls", label, stats.calls)
-                count(c, "hook_microseconds", label, round(stats.seconds * 1e6))
-                if stats.failures:
-                    count(c, "hook_failures", label, stats.failures)
+            add_hook_stats(c, fresh)
     return {key: stats.calls for key, stats in fresh.items()}
 
 

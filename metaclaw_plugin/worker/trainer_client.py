@@ -14,6 +14,7 @@ from metaclaw_hooks.wire import (
     AgentTraining,
     HeadRequest,
     HealthReply,
+    HooksReply,
     RecallReply,
     RecallRequest,
     RewardChange,
@@ -82,6 +83,10 @@ class TrainerClient:
     async def set_head(self, agent: str, version: int) -> None:
         """Let the next step start from ``version`` (0: from the base model)."""
         await self._send("POST", f"/v1/agents/{slug(agent)}/head", HeadRequest(version=version))
+
+    async def hooks(self) -> HooksReply:
+        """Plugins of the trainer's process, and what they did."""
+        return await self._ask(HooksReply, "GET", "/v1/hooks")
 
     async def train(self, agent: str) -> TrainReply:
         """Ask for a step now, with what is queued."""

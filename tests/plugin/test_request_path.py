@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from metaclaw_hooks.types import Mode
+from metaclaw_hooks.watching import FolderWatch
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.transport import RECORDING
@@ -21,6 +25,7 @@ from metaclaw_plugin.gateway.request import Gateway
 from metaclaw_plugin.gateway.runtime import create_gateway
 from metaclaw_plugin.settings import Settings, parse_settings
 from metaclaw_plugin.store.agents import add_agent, set_mode, set_record
+from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.engine import open_store
 
 KEY = KeyFacts(ours=True, metadata={CLAIM: {"key": "k", "agents": ["alpha", "beta"]}})
@@ -53,6 +58,27 @@ def gateway(settings: Settings, engine: Engine) -> Iterator[Gateway]:
 def request(**headers: str) -> tuple[CurrentRequest, dict[str, Any]]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return CurrentRequest("chat", named), {"model": "openclaw", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def test_a_hook_that_is_dropped_in_while_the_gateway_runs_is_picked_up_and_counted(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = functools.partial(FolderWatch, interval=0.02, report_every=0.02)
+    monkeypatch.setattr("metaclaw_plugin.gateway.runtime.FolderWatch", quick)
+    assert not settings.hooks_path.exists()
+    gateway = create_gateway(settings, engine)
+    settings.hooks_path.mkdir()
+    (settings.hooks_path / "own.py").write_text("def select_skills(agent, messages, library): return []\n")
+    deadline = time.monotonic() + 10
+    counted: dict[str, int] = {}
+    while not counted and time.monotonic() < deadline:
+        current, data = request()
+        await gateway.prepare(current, KEY, data, listed=False)
+        await asyncio.sleep(0.02)
+        with engine.connect() as c:
+            counted = read_counters(c, "hook_calls").get("hook_calls", {})
+    assert counted["own:select_skills"] >= 1
+    assert gateway.close(10)
 
 
 async def test_a_request_gets_its_agents_model_a_session_and_a_ticket(gateway: Gateway) -> None:
@@ -160,6 +186,29 @@ async def test_when_the_store_does_not_answer_the_request_goes_out_and_is_counte
     assert current.plan is not None
     assert (current.plan.turn, current.plan.upstream_name, data["model"]) == (None, "metaclaw-base", "metaclaw/alpha")
     assert b'name="requests_unrecorded"' in gateway.metrics.render()
+
+
+@pytest.mark.law(5)
+async def test_a_virtual_key_is_taken_for_what_it_was_while_the_store_does_not_answer(
+    gateway: Gateway, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = KeyFacts(ours=False, metadata={"agent_id": "ann-notes"}, user_id="ann")
+    stranger = KeyFacts(ours=False, metadata={"agent_id": "ann-notes"}, user_id="eve")
+    current, data = request()
+    await gateway.prepare(current, key, data, listed=False)
+    monkeypatch.setattr("metaclaw_plugin.gateway.keys.FRESH", 0.0)
+    lock = sqlite3.connect(settings.home / "metaclaw.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    try:
+        current, data = request()
+        await gateway.prepare(current, key, data, listed=False)
+        with pytest.raises(TimeoutError):
+            await gateway.prepare(request()[0], stranger, request()[1], listed=False)
+    finally:
+        lock.execute("ROLLBACK")
+        lock.close()
+    assert current.plan is not None
+    assert (current.plan.agent.name, current.plan.turn, data["model"]) == ("ann-notes", None, "metaclaw/ann-notes")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hook_nouns import make_trace
 from metaclaw_hooks.rewards.judge import Judgement, Spent
+from metaclaw_hooks.wire import HookFigures, HooksReply
 from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
 from worker_stage import fill, rows, worker_context, worker_settings, write_hook
@@ -50,10 +54,10 @@ async def work(home: Path) -> None:
         store_hook_counters(ctx)
 
 
-async def test_ten_lines_in_the_folder_are_listed_with_what_they_did(home: Path, engine: Engine) -> None:
+def test_ten_lines_in_the_folder_are_listed_with_what_they_did(home: Path, engine: Engine) -> None:
     write_hook(home, "alpha/brevity", "def score_trace(trace): return 1 if len(trace.response_text) < 9 else -1\n")
     write_hook(home, "broken", "def score_trace(trace:\n")
-    await work(home)
+    asyncio.run(work(home))
     listed = json.loads(run(hooks, "list", "--json"))
     found = {row["plugin"]: row for row in listed["plugins"]}
     assert {"next_turn", "tool_outcome", "alpha/brevity"} == set(found)
@@ -66,6 +70,42 @@ async def test_ten_lines_in_the_folder_are_listed_with_what_they_did(home: Path,
     text = run(hooks, "list")
     assert "alpha/brevity" in text
     assert "not loaded: " in text
+
+
+class _Trainer(BaseHTTPRequestHandler):
+    """Answers `GET /v1/hooks` as a trainer with one plugin file more than this machine has."""
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def do_GET(self) -> None:
+        rows = [
+            HookFigures(plugin=name, origin="x.py", agent=None, hook=hook, calls=calls, failures=1, seconds=0.5)
+            for name, hook, calls in (("watch", "after_step", 3), ("theirs", "accept_sample", 7))
+        ]
+        assert self.path == "/v1/hooks"
+        body = HooksReply(hooks=rows, problems={"/far/broken.py": "/far/broken.py cannot be read"}).model_dump_json()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+def test_the_trainers_hooks_are_listed_with_what_they_did_there(home: Path, engine: Engine) -> None:
+    write_hook(home, "watch", "def after_step(agent, metrics): pass\n")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Trainer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = home / "c.yaml"
+    config.write_text(f"metaclaw: {{home: '{home}', rl: {{remote_url: 'http://127.0.0.1:{server.server_port}'}}}}\n")
+    listed = json.loads(run(hooks, "list", "--json", "--config", str(config)))
+    calls = {(row["plugin"], row["hook"]): (row["calls"], row["failures"]) for row in listed["plugins"]}
+    assert calls["watch", "after_step"] == (3, 1)
+    assert calls["theirs", "accept_sample"] == (7, 1)
+    assert listed["problems"] == {"/far/broken.py": "/far/broken.py cannot be read"}
+    assert listed["trainer_problem"] is None
+    server.shutdown()
+    server.server_close()
+    text = run(hooks, "list", "--config", str(config))
+    assert "what the trainer's hooks did is not known" in text
 
 
 async def test_a_reward_is_shown_with_its_opinions(home: Path, engine: Engine) -> None:

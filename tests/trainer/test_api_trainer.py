@@ -145,6 +145,26 @@ def test_rewards_of_queued_traces_can_be_changed(trainer: TrainerServer, agent: 
     assert trainer.http.post("/v1/samples/rewards", json=bad).status_code == 422
 
 
+def test_a_plugin_that_is_dropped_in_is_picked_up_and_listed_with_what_it_did(
+    trainer: TrainerServer, agent: str
+) -> None:
+    path = trainer.services.settings.plugins_path / agent / "picky.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("def accept_sample(sample): return sample.turns[0].reward > 5\n")
+    try:
+        deadline = time.monotonic() + 10
+        while not (listed := trainer.http.get("/v1/hooks").json()["hooks"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert (listed[0]["plugin"], listed[0]["agent"], listed[0]["calls"]) == (f"{agent}/picky", agent, 0)
+        put(trainer, bodies(trainer, agent, 2))
+        [now] = trainer.http.get("/v1/hooks").json()["hooks"]
+        assert (now["hook"], now["calls"], now["failures"]) == ("accept_sample", 2, 0)
+        assert trainer.http.get(f"/v1/agents/{agent}").json()["set_aside"] == 2
+    finally:
+        path.unlink()
+
+
 def test_train_now_trains_less_than_a_batch_and_the_head_can_go_back(trainer: TrainerServer, agent: str) -> None:
     put(trainer, bodies(trainer, agent, 2))
     assert trainer.http.post(f"/v1/agents/{agent}/train").json() == {"started": True, "reason": None}

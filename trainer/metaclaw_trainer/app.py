@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from metaclaw_trainer.api import agents, fork, health, replies, samples, sampling, versions
+from metaclaw_trainer.api import agents, fork, health, hooks, replies, samples, sampling, versions
 from metaclaw_trainer.api.gate import Gate
 from metaclaw_trainer.services import Services
 
@@ -16,6 +16,6 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.add_middleware(Gate, ring=services.keys, max_body=services.settings.max_body_mib * 2**20)
     replies.install(app)
-    for room in (health, samples, agents, versions, fork, sampling):
+    for room in (health, samples, agents, versions, hooks, fork, sampling):
         app.include_router(room.router)
     return app

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from metaclaw_hooks.plugins import create_plugin_manager
+from metaclaw_hooks.watching import FolderWatch
 from transformers.utils.logging import disable_progress_bar
 
 from metaclaw_trainer.agents import AgentBook
@@ -79,12 +80,15 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
     loop = TrainingLoop(engine, services.queue, versions, settings, services.metrics, services.plugins)
     retention = Retention(store, settings.folder, int(settings.disk_budget_gib * 2**30))
     training = TrainingThread(loop, owner, retention)
+    watch = FolderWatch(services.plugins)
+    watch.start()
     services.reconciler.start()
     training.start()
     try:
         yield services
     finally:
         training.stop(STOP_SECONDS)
+        watch.stop()
         services.reconciler.stop()
         engine.stop(timeout=1.0)
         owner.close()
