@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from metaclaw_plugin.cli.skills import app
 from metaclaw_plugin.skills.query import BLOCK_OPEN
 from metaclaw_plugin.worker.scoring import Scorer
 from tests.gateway_server import GatewayServer, running_gateway
+from tests.scripted_model import ScriptedModel
 from tests.worker_stage import worker_context, write_hook
 
 pytestmark = pytest.mark.gateway
@@ -35,53 +34,16 @@ LESSON = {
 }
 
 
-class ScriptedModel:
-    """Answers in miles until it is told better, and writes a skill when it is asked to as the model ``writer``."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        model = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                model.asked.append(body)
-                answer = json.dumps(model.reply(body)).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it so
-                return
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> ScriptedModel:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt = json.dumps(body["messages"])
-        if body["model"].endswith("writer"):
-            text = json.dumps({"edits": [LESSON]})
-        else:
-            text = "10 km (6.2 miles)." if "Give kilometres first." in prompt else "6.2 miles."
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        usage = {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
-        fixed = {"id": f"chatcmpl-{len(self.asked)}", "object": "chat.completion", "created": 1, "model": body["model"]}
-        return fixed | {"choices": [choice], "usage": usage}
+def reply(body: dict[str, Any]) -> str:
+    """Miles, until it is told better; a skill, when it is asked for one as the model ``writer``."""
+    if body["model"].endswith("writer"):
+        return json.dumps({"edits": [LESSON]})
+    return "10 km (6.2 miles)." if "Give kilometres first." in json.dumps(body["messages"]) else "6.2 miles."
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[ScriptedModel]:
-    with ScriptedModel() as running:
+    with ScriptedModel(reply) as running:
         yield running
 
 
