@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metaclaw_plugin.cli.agent_settings import set_
 from metaclaw_plugin.cli.options import AsJson, Config
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from metaclaw_plugin.store.agents import NewKey
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Add agents and their keys, and see what they do.")
+app.command("set")(set_)
 
 Name = Annotated[str, typer.Argument(help="The agent: 1 to 63 of a-z, 0-9 and '-'.", metavar="NAME")]
 MODES = "off (pass through), skills_only, rl (train when a batch is full) or auto (train in windows)"
