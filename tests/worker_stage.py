@@ -19,8 +19,8 @@ from metaclaw_plugin.store import leases, schema
 from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.traces import insert_traces
+from metaclaw_plugin.trainer_client import TrainerClient
 from metaclaw_plugin.worker.context import WorkerContext
-from metaclaw_plugin.worker.trainer_client import TrainerClient
 from metaclaw_plugin.worker.wiring import load_plugins
 
 

@@ -117,7 +117,7 @@ async def _ask_trainer(rl: RlSettings) -> HooksReply:
 
     import httpx
 
-    from metaclaw_plugin.worker.trainer_client import TrainerClient
+    from metaclaw_plugin.trainer_client import TrainerClient
 
     async with httpx.AsyncClient(trust_env=False) as http:
         client = TrainerClient(http, rl.remote_url, rl.remote_api_key)

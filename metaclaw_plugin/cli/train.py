@@ -48,7 +48,7 @@ def train(
 async def _ask(rl: RlSettings, agent: str) -> TrainReply:
     import httpx
 
-    from metaclaw_plugin.worker.trainer_client import TrainerClient
+    from metaclaw_plugin.trainer_client import TrainerClient
 
     async with httpx.AsyncClient(trust_env=False) as http:
         return await TrainerClient(http, rl.remote_url, rl.remote_api_key).train(agent)

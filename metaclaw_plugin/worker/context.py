@@ -9,7 +9,7 @@ from metaclaw_hooks.plugins import Plugins
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.settings import Settings
-from metaclaw_plugin.worker.trainer_client import TrainerClient
+from metaclaw_plugin.trainer_client import TrainerClient
 
 
 @dataclass(frozen=True)

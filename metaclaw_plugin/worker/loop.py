@@ -18,10 +18,10 @@ from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.trainer_client import TrainerClient
 from metaclaw_plugin.worker.backoff import Backoff
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.tasks import Round, tasks_for
-from metaclaw_plugin.worker.trainer_client import TrainerClient
 from metaclaw_plugin.worker.wiring import load_plugins
 
 logger = logging.getLogger(__name__)

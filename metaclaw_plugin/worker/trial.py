@@ -14,9 +14,9 @@ from metaclaw_plugin.errors import StoreError, UnknownTraceError
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import leases
 from metaclaw_plugin.store.schema import traces
+from metaclaw_plugin.trainer_client import TrainerClient
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.scoring import Claimed, Scorer
-from metaclaw_plugin.worker.trainer_client import TrainerClient
 from metaclaw_plugin.worker.wiring import load_plugins
 
 
