@@ -73,7 +73,7 @@ def list_command(config: Config = None, as_json: AsJson = False) -> None:
         listed = {"folder": str(settings.hooks_path), "plugins": found, "problems": problems, "trainer_problem": silent}
         typer.echo(json.dumps(listed, indent=2))
         return
-    _print_table(found)
+    _print_table(found, settings.hooks_path)
     if silent and any(row["hook"] in TRAINER_HOOKS for row in found):
         typer.echo(f"what the trainer's hooks did is not known: {silent}")
     for where, reason in problems.items():
@@ -138,7 +138,7 @@ def _with_trainer(found: list[dict[str, Any]], told: HooksReply) -> list[dict[st
     return list(rows.values())
 
 
-def _print_table(found: list[dict[str, Any]]) -> None:
+def _print_table(found: list[dict[str, Any]], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -148,7 +148,9 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     for row in found:
         mean = f"{1000 * row['seconds'] / row['calls']:.2f}" if row["calls"] else "-"
         figures = (str(row["calls"]), str(row["failures"]), mean)
-        table.add_row(row["plugin"], row["hook"], row["agent"] or "all", *figures, row["origin"])
+        table.add_row(
+            row["plugin"], row["hook"], row["agent"] or "all", *figures, row["origin"].removeprefix(f"{folder}/")
+        )
     Console().print(table)
 
 

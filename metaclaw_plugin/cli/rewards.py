@@ -52,7 +52,7 @@ def show(
         )
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # so that -1 is a value and no option
 def add(
     target: Annotated[
         str, typer.Argument(metavar="TRACE", help="Id of a trace, or of the response that the client saw.")
@@ -64,10 +64,7 @@ def add(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Say what a reply was worth. It takes the place of everything that was inferred, however late it comes.
-
-    For a negative value write it after two dashes: metaclaw rewards add TRACE -- -1
-    """
+    """Say what a reply was worth. It takes the place of everything that was inferred, however late it comes."""
     from metaclaw_plugin.errors import UnknownTraceError
     from metaclaw_plugin.store.agents import get_record, list_agents
     from metaclaw_plugin.store.rewards import add_feedback
@@ -97,7 +94,8 @@ def rescore(
 ) -> None:
     """Let an agent's replies be scored again, by the rewards that are on now.
 
-    Explicit feedback stays in force. What was trained on is not trained on again; its new reward counts in figures.
+    Explicit feedback stays in force. What waits in the trainer's queue gets its new reward there. What was trained on
+    is not trained on again; its new reward counts in figures.
     """
     from metaclaw_plugin.cli.traces import parse_time
     from metaclaw_plugin.store.agents import get_record

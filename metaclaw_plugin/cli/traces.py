@@ -65,7 +65,8 @@ def list_(
         why = "trainable" if row["trainable"] else f"not trainable: {row['reason']}"
         place = f"{row['session'][:12]}/{row['turn']}"
         version = f"{row['agent']}@v{row['adapter_version']}"
-        typer.echo(f"{when}  {row['id']}  {version}  {place}  {row['kind']}  {reward}  {row['response_tokens']}  {why}")
+        size = "-" if row["response_tokens"] is None else f"{row['response_tokens']} tokens"
+        typer.echo(f"{when}  {row['id']}  {version}  {place}  {row['kind']}  {reward}  {size}  {why}")
 
 
 @app.command()

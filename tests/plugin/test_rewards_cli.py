@@ -122,7 +122,7 @@ async def test_a_reward_is_shown_with_its_opinions(home: Path, engine: Engine) -
 async def test_added_feedback_takes_the_place_of_what_was_inferred(home: Path, engine: Engine) -> None:
     write_hook(home, "r", "def score_trace(trace): return 1.0\n")
     await work(home)
-    assert "of alpha" in run(rewards, "add", "t1", "--comment", "use ISO dates", "--", "-0.5")
+    assert "of alpha" in run(rewards, "add", "t1", "-0.5", "--comment", "use ISO dates")
     await work(home)
     assert rows(engine, "id", "reward") == [("t1", -0.5), ("t2", 1.0)]
     assert "use ISO dates" in run(rewards, "show", "t1")
