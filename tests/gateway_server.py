@@ -102,6 +102,28 @@ def running_gateway(folder: Path, upstream: str, port: int, **metaclaw: Any) -> 
 
 
 @contextmanager
+def running_database_gateway(
+    folder: Path, upstream: str, port: int, env: Mapping[str, str], **metaclaw: Any
+) -> Iterator[GatewayServer]:
+    """Our gateway with LiteLLM's own virtual keys; ``env`` is that of ``litellm_db.database_mode.running_database``.
+
+    ``key`` and ``pool_key`` are LiteLLM's master key: make others by ``POST /key/generate`` with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_config(folder, upstream, port, ours=True, **metaclaw)
+    config = yaml.safe_load(path.read_text())
+    del config["general_settings"]["custom_auth"]
+    path.write_text(yaml.safe_dump(config))
+    settings = load_settings(path)
+    process = start_gateway(folder, path, settings, {**env, "LITELLM_MASTER_KEY": PLAIN_KEY})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        yield GatewayServer(url, PLAIN_KEY, PLAIN_KEY, settings, folder / "gateway.log", process)
+    finally:
+        stop(process)
+
+
+@contextmanager
 def running_plain_litellm(folder: Path, upstream: str, port: int) -> Iterator[str]:
     """LiteLLM without our callback, in front of the same upstream; yields its URL. Its key is PLAIN_KEY."""
     folder.mkdir(parents=True, exist_ok=True)

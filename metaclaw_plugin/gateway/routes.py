@@ -220,9 +220,15 @@ def _add_reading(router: APIRouter, caller: Any, ask: Ask, process: Callable[[],
 def mount(app: FastAPI) -> None:
     """Put our routes into LiteLLM's application, and the caller's agents into its ``/v1/models``."""
     from litellm.proxy import proxy_server
+    from litellm.proxy._types import LiteLLMRoutes
     from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
-    app.include_router(create_router(user_api_key_auth))
+    own = create_router(user_api_key_auth)
+    app.include_router(own)
+    # LiteLLM lets virtual keys call what it lists alone; what each key may see, our routes decide.
+    paths = [route.path for route in own.routes if isinstance(route, APIRoute)]
+    LiteLLMRoutes.openai_routes.value.extend(paths)
+    LiteLLMRoutes.llm_api_routes.value.extend(paths)  # for keys that are held to models' routes
 
     async def models(request: Request, auth: Any = Depends(user_api_key_auth)) -> Any:
         names = await asyncio.to_thread(_models_of, auth)

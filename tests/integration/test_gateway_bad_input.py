@@ -54,6 +54,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 BAD: dict[str, tuple[Callable[[str], Any], tuple[int, ...]]] = {
     "no-json": (lambda _: b"{bad", (400,)),
     "empty": (lambda _: b"", (400,)),
+    "a-list": (lambda _: b' [{"model": "m"}]', (400,)),
+    "a-string": (lambda _: b'"hello"', (400,)),
+    "null": (lambda _: b"null", (400,)),
     "invalid-utf8": (lambda _: b'{"model": "m", "messages": "\xff\xfe"}', (400,)),
     "no-messages": (lambda _: {"model": "m", "max_tokens": 5}, (400,)),
     "model-is-no-name": (lambda route: request_of(route, "text-whole", False, model=7), (400,)),
@@ -90,6 +93,16 @@ def test_a_body_that_is_too_long_is_refused(small: GatewayServer, route: str) ->
     response = httpx.post(small.url + ROUTES[route], content=body, headers=headers, timeout=60)
     assert (response.status_code, is_error_of(route, response)) == (413, True)
     assert "max_body_bytes" in response.text
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_body_that_is_too_long_is_refused_before_its_end_when_it_declares_no_length(
+    small: GatewayServer, route: str
+) -> None:
+    pieces = (b"x" * 500_000 for _ in range(8))
+    headers = {"authorization": f"Bearer {small.key}", "content-type": "application/json"}
+    response = httpx.post(small.url + ROUTES[route], content=pieces, headers=headers, timeout=60)
+    assert (response.status_code, is_error_of(route, response)) == (413, True)
 
 
 def test_a_million_tools_cost_a_clear_no(small: GatewayServer) -> None:
@@ -152,13 +165,13 @@ def native_responses(stream: bool) -> Script:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("route", ["chat", "responses"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_cloud_upstream_is_kept_as_text_that_is_never_trained_on(
     small: GatewayServer, replay: ReplayUpstream, route: str, stream: bool
 ) -> None:
     small.new_traces()
     name = f"text-{'stream' if stream else 'whole'}"
-    if route == "responses":  # OpenAI has this route itself, so LiteLLM passes it on
+    if route != "chat":  # OpenAI has the Responses route itself; LiteLLM sends Anthropic's requests there too
         name = "native"
         replay.scripts[name] = native_responses(stream)
     body = request_of(route, name, stream, model="cloud")

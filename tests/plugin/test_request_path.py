@@ -34,7 +34,7 @@ INTERNAL = KeyFacts(ours=True, metadata={CLAIM: {"internal": True}})
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    gateway = {"commit_timeout": 0.2, "max_messages": 3, "max_tools": 2}
+    gateway = {"commit_timeout": 1.0, "max_messages": 3, "max_tools": 2}
     return parse_settings({"home": str(tmp_path), "gateway": gateway, "skills": {"starter": False}}, "test")
 
 
