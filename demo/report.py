@@ -94,22 +94,22 @@ def draw_curves(path: Path, report: dict[str, Any]) -> None:
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
     """The table, and three answers of each agent before and after."""
-    table = Table(title=_title(report))
-    columns = "agent", "held-out reward", "gain", "log-lik. under base", "distinct-2", "version", "requests", "failed"
-    for column in (*columns, f"interactions to +{GAIN}"):
-        table.add_column(column, justify="left" if column == "agent" else "right")
-    for name, one in report["agents"].items():
-        table.add_row(
-            name,
-            f"{one['heldout_before']:+.2f} → {one['heldout_after']:+.2f}",
-            f"{one['heldout_after'] - one['heldout_before']:+.2f}",
-            f"{one['base_loglik_before']:.2f} → {one['base_loglik_after']:.2f}",
-            f"{one['distinct2_before']:.2f} → {one['distinct2_after']:.2f}",
-            f"v{one['version']}",
-            str(one["requests"]),
-            str(one["failed"]),
-            str(one["interactions_to_gain"] or "not reached"),
-        )
+    table = Table("", title=_title(report))
+    for name in report["agents"]:
+        table.add_column(name, justify="right")
+    agents = report["agents"].values()
+
+    def before_after(label: str, key: str, form: str) -> None:
+        table.add_row(label, *(f"{one[f'{key}_before']:{form}} → {one[f'{key}_after']:{form}}" for one in agents))
+
+    before_after("held-out reward", "heldout", "+.2f")
+    table.add_row("gain", *(f"{one['heldout_after'] - one['heldout_before']:+.2f}" for one in agents))
+    before_after("log-likelihood under the base model", "base_loglik", ".2f")
+    before_after("distinct-2", "distinct2", ".2f")
+    table.add_row(f"interactions to +{GAIN}", *(str(one["interactions_to_gain"] or "not reached") for one in agents))
+    table.add_row("adapter version", *(f"v{one['version']}" for one in agents))
+    for count in ("interactions", "requests", "failed"):
+        table.add_row(f"{count} requests" if count == "failed" else count, *(str(one[count]) for one in agents))
     console.print(table)
     for name, one in report["agents"].items():
         replies = Table(title=f"{name}, before and after", show_lines=True)
