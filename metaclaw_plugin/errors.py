@@ -75,6 +75,10 @@ class ExportError(MetaclawError):
     """An adapter version could not be written out."""
 
 
+class AdapterFilesError(MetaclawError):
+    """The files of an adapter version could not be fetched from the trainer."""
+
+
 class TrainingNotStartedError(MetaclawError):
     """The trainer has nothing to train the agent on."""
 
@@ -93,3 +97,7 @@ class CalendarError(MetaclawError):
 
 class BackupError(MetaclawError):
     """A backup could not be written, or is none that can be restored."""
+
+
+class ClaimError(MetaclawError, PermissionError):
+    """What was shown to sign in to the console does not count."""

@@ -144,6 +144,10 @@ class VllmSettings(Section):
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
         32, description="Largest adapter rank that can be served; the trainer's rank must not be larger."
     )
+    adapters: Literal["shared", "fetched"] = Field(
+        "shared",
+        description="shared: vLLM reads the trainer's folders; fetched: a vLLM on another machine fetches them over HTTP.",
+    )
     lora_targets: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
@@ -182,6 +186,11 @@ class RlSettings(Section):
     backend: Literal["local", "remote"] = Field("local", description="local: on this machine; remote: at remote_url.")
     remote_url: str = Field("http://127.0.0.1:4010", description="Root URL of the trainer.")
     remote_api_key: str | None = Field(None, description="Bearer key of the trainer; os.environ/NAME reads a variable.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to the trainer carries."""
+        return {"Authorization": f"Bearer {self.remote_api_key}"} if self.remote_api_key else {}
 
     @field_validator("remote_api_key")
     @classmethod

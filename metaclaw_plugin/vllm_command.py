@@ -15,6 +15,7 @@ from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import Launch, check_model, installed, runs_on_cpu
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.supervisor.plan import trains
+from metaclaw_plugin.vllm_adapters import FOLDER_ENV, KEY_ENV, URL_ENV
 
 BESIDE_TRAINER = 0.5  # of a GPU's memory, when the trainer is on it as well
 BASE_NAME = "metaclaw-base"  # the name under which vLLM serves the base model
@@ -60,11 +61,14 @@ def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None =
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", vllm.tool_call_parser]
     if vllm.tensor_parallel > 1:
         argv += ["--tensor-parallel-size", str(vllm.tensor_parallel)]
+    if vllm.adapters == "fetched":
+        argv += ["--middleware", "metaclaw_plugin.vllm_adapters.FetchAdapters"]
     if cpu:
         argv.append("--enforce-eager")
     elif (share := _gpu_share(settings)) is not None:
         argv += ["--gpu-memory-utilization", f"{share:g}"]
-    return Launch((*argv, *vllm.extra_args), _environment(settings, model, cpu))
+    env = _environment(settings, model, cpu) | _fetching(settings, port or vllm_port(settings))
+    return Launch((*argv, *vllm.extra_args), env)
 
 
 def _gpu_share(settings: Settings) -> float | None:
@@ -84,6 +88,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # a name, which may lead anywhere
         return False
+
+
+def _fetching(settings: Settings, port: int) -> dict[str, str]:
+    """What the middleware ``FetchAdapters`` needs."""
+    if settings.vllm.adapters == "shared":
+        return {}
+    env = {URL_ENV: settings.rl.remote_url, FOLDER_ENV: str(settings.home / "vllm" / str(port))}
+    return env | ({KEY_ENV: settings.rl.remote_api_key} if settings.rl.remote_api_key else {})
 
 
 def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:

@@ -48,14 +48,14 @@ def tiny_vllm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield VllmProcess(running, tiny_model, Path(os.devnull))
         return
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    port = pick_free_port()
-    process = start_vllm(tiny_model, port, log)
+    port, trainer_port = pick_free_port(), pick_free_port()
+    process = start_vllm(tiny_model, port, log, trainer_port)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(f"{url}/health", process, log)
         # The first request is several times slower than the rest.
         warm_up = {"model": "metaclaw-base", "prompt": "Hello", "max_tokens": 2}
         httpx.post(f"{url}/v1/completions", json=warm_up, timeout=120).raise_for_status()
-        yield VllmProcess(url, tiny_model, log)
+        yield VllmProcess(url, tiny_model, log, trainer_port)
     finally:
         stop_group(process)

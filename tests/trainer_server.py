@@ -27,10 +27,10 @@ class TrainerServer:
 
 
 @contextmanager
-def serving(settings: TrainerSettings) -> Iterator[TrainerServer]:
-    """Start it on a free port of 127.0.0.1, stop it when the block ends."""
+def serving(settings: TrainerSettings, port: int = 0) -> Iterator[TrainerServer]:
+    """Start it on ``port`` of 127.0.0.1 (0: a free one), stop it when the block ends."""
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.bind(("127.0.0.1", port))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with running(settings) as services:
         config = uvicorn.Config(create_app(services), log_config=None, timeout_graceful_shutdown=1)

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from metaclaw_plugin.settings import VllmSettings
+from metaclaw_plugin.vllm_adapters import FOLDER_ENV, URL_ENV
 
 VLLM_START_TIMEOUT = 300.0  # seconds; 60-90 on a quiet machine
 
@@ -26,6 +27,7 @@ class VllmProcess:
     url: str  # root URL, without /v1
     model: Path
     log: Path
+    trainer_port: int = 0  # where it looks for the trainer whose adapters are not on this machine
 
 
 def pick_free_port() -> int:
@@ -35,8 +37,11 @@ def pick_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_vllm(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """Start vLLM in a process group of its own, so that its engine ends with it."""
+def start_vllm(model: Path, port: int, log: Path, trainer_port: int = 9) -> subprocess.Popen[bytes]:
+    """Start vLLM in a process group of its own, so that its engine ends with it.
+
+    It fetches adapters that are not on this machine from a trainer on ``trainer_port``.
+    """
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--served-model-name", "metaclaw-base", "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--enable-lora", "--max-lora-rank", "32", "--max-loras", "4", "--max-cpu-loras", "32"]
@@ -51,7 +56,10 @@ def start_vllm(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
     ]
     argv += ["--lora-target-modules", *VllmSettings().lora_targets]
     argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    argv += ["--middleware", "metaclaw_plugin.vllm_adapters.FetchAdapters"]
     env = os.environ | {
+        URL_ENV: f"http://127.0.0.1:{trainer_port}",
+        FOLDER_ENV: str(log.with_suffix("")),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0-1",

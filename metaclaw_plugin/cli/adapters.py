@@ -146,12 +146,16 @@ def export(
     folder: Annotated[Path, typer.Argument(help="New folder to write; it must not exist yet.")],
     config: Config = None,
 ) -> None:
-    """Write a version as a plain PEFT folder, which `PeftModel.from_pretrained` and vLLM load."""
+    """Write a version as a plain PEFT folder, which `PeftModel.from_pretrained` and vLLM load.
+
+    Files that are on the trainer's machine alone are fetched from it."""
+    from metaclaw_plugin.settings import find_config, load_settings
     from metaclaw_plugin.worker.exporting import export_version
 
     with _store(config) as engine:
         record = _record(engine, name)
-    export_version(record.version, folder)
+    rl = load_settings(find_config(config)).rl
+    export_version(record.version, folder, rl.remote_url, rl.headers)
     typer.echo(f"{record.version.name} written to {folder}; it belongs to the base model {record.version.base_model}")
 
 

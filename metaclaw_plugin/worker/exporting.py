@@ -6,10 +6,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from metaclaw_hooks.types import AdapterVersion
 
+from metaclaw_plugin.adapter_files import fetch_adapter
 from metaclaw_plugin.errors import ExportError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -17,17 +20,33 @@ CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"  # ours; PEFT passes over it
 
 
-def export_version(version: AdapterVersion, folder: Path) -> None:
+def export_version(version: AdapterVersion, folder: Path, trainer: str, headers: Mapping[str, str]) -> None:
     """Copy weights, configuration and manifest of ``version`` to the new folder ``folder``, whole or not at all.
 
+    Files that are not on this machine come from the trainer at the URL ``trainer``; ``headers`` carry its key.
+
     Raises:
-        ExportError: if the folder exists, or the files are not on this machine, damaged, or cannot be written.
+        ExportError: if the folder exists, or the files are damaged or cannot be written.
+        AdapterFilesError: if they are not on this machine and could not be fetched.
     """
-    source = Path(version.path)
     if folder.exists():
         raise ExportError(f"{folder} exists already; name a new folder")
-    if not (source / WEIGHTS).is_file():
-        raise ExportError(f"{version.name} is not at {source} on this machine; run the command where the trainer runs")
+    source = Path(version.path)
+    if (source / WEIGHTS).is_file():
+        _write(version, source, folder)
+        return
+    with tempfile.TemporaryDirectory(dir=_existing(folder.absolute().parent)) as temporary:
+        fetched = Path(temporary) / "adapter"
+        fetch_adapter(trainer, headers, version.name, fetched)
+        _write(version, fetched, folder)
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest one above that is there: the disk that the export goes to."""
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
+
+
+def _write(version: AdapterVersion, source: Path, folder: Path) -> None:
     with (source / WEIGHTS).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != version.sha256:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import check_model
-from metaclaw_plugin.settings import Settings, VllmSettings
+from metaclaw_plugin.settings import RlSettings, Settings, VllmSettings
 from metaclaw_plugin.supervisor.plan import gateway_launch
+from metaclaw_plugin.vllm_adapters import FOLDER_ENV, KEY_ENV, URL_ENV
 from metaclaw_plugin.vllm_command import vllm_command
 
 
@@ -158,3 +160,16 @@ def test_vllm_is_not_opened_to_the_network_without_a_key(model: Path, host: str)
         vllm_command(Settings(base_model=str(model), vllm=VllmSettings(host=host)), cpu=True)
     open_with_key = Settings(base_model=str(model), vllm=VllmSettings(host=host, api_key="s3cret"))
     assert f"--host {host}" in " ".join(vllm_command(open_with_key, cpu=True).argv)
+
+
+def test_a_vllm_without_the_trainers_disk_is_told_where_to_fetch_adapters(model: Path, tmp_path: Path) -> None:
+    shared = vllm_command(Settings(base_model=str(model)), cpu=True)
+    assert "--middleware" not in shared.argv
+    rl = RlSettings(remote_url="http://gpu:4010", remote_api_key="k3y")
+    settings = Settings(base_model=str(model), home=tmp_path, vllm=VllmSettings(adapters="fetched"), rl=rl)
+    launch = vllm_command(settings, port=8123, cpu=True)
+    (at,) = (i for i, word in enumerate(launch.argv) if word == "--middleware")
+    module, name = launch.argv[at + 1].rsplit(".", 1)
+    assert callable(getattr(import_module(module), name))
+    assert (launch.env[URL_ENV], launch.env[KEY_ENV]) == ("http://gpu:4010", "k3y")
+    assert launch.env[FOLDER_ENV] == str(tmp_path / "vllm" / "8123"), "two servers of one home keep apart"

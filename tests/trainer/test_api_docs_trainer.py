@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "trainer.md"
 
 def test_the_page_names_every_route_and_no_other() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    named = {re.sub(r"AGENT|SESSION", "*", path) for path in re.findall(r"/v1/[A-Za-z_/]+|/metrics", text)}
+    named = {re.sub(r"AGENT|SESSION|NAME|FILE", "*", path) for path in re.findall(r"/v1/[A-Za-z_/]+|/metrics", text)}
     routers = (agents, fork, health, samples, sampling, versions)
     real = {re.sub(r"\{[a-z_]+\}", "*", route.path) for room in routers for route in room.router.routes}
     assert named == real

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from metaclaw_hooks.wire import ADAPTER_MIRROR
 
 from metaclaw_trainer.errors import VllmRefusedError, VllmUnavailableError
 
@@ -26,7 +27,7 @@ class ServedModel:
     """One entry of vLLM's ``/v1/models``."""
 
     name: str
-    root: str  # folder or hub name
+    root: str  # folder on the trainer's machine, or hub name
     parent: str | None  # name of the base model; None: it is the base model
 
 
@@ -67,7 +68,7 @@ class VllmClient:
         """What vLLM serves now: the base model first, then its adapters."""
         body = self._json("GET", "/v1/models", timeout=LIST_TIMEOUT)
         try:
-            return [ServedModel(m["id"], m.get("root") or "", m.get("parent")) for m in body["data"]]
+            return [ServedModel(m["id"], _on_our_disk(m.get("root") or ""), m.get("parent")) for m in body["data"]]
         except (KeyError, TypeError) as error:
             raise VllmRefusedError(f"vLLM at {self.url} answered /v1/models without a list of models") from error
 
@@ -176,6 +177,12 @@ class VllmClient:
                 f"vLLM at {self.url} refused {path}: {refusal_text(response)}", status=response.status_code
             )
         return response
+
+
+def _on_our_disk(root: str) -> str:
+    """The folder as the trainer named it, also where vLLM holds a copy that it fetched."""
+    _, mirror, path = root.partition(f"/{ADAPTER_MIRROR}/")
+    return f"/{path}" if mirror else root
 
 
 def refusal_text(response: httpx.Response) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
-from metaclaw_hooks.wire import Refusal, ServedReply, ServedRequest, VersionsReply
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse
+from metaclaw_hooks.wire import SHA256_HEADER, Refusal, ServedReply, ServedRequest, VersionsReply
 from starlette.concurrency import run_in_threadpool
 
 from metaclaw_trainer.api.access import services_of
+from metaclaw_trainer.errors import UnknownVersionError
 from metaclaw_trainer.services import Services
 
 router = APIRouter(tags=["versions"])
 Wired = Annotated[Services, Depends(services_of)]
+AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors"]
 
 _LOOK_EVERY = 0.1  # seconds; a version of another process is seen too
 
@@ -33,6 +39,23 @@ async def list_versions(
         if found or time.monotonic() >= deadline or await request.is_disconnected():
             return VersionsReply(versions=found)
         await asyncio.sleep(_LOOK_EVERY)
+
+
+@router.get("/v1/adapters/{name}/{file}", response_class=FileResponse)
+def get_adapter_file(
+    name: Annotated[str, PathParameter(description="A version, as agent@vN, or what vLLM serves for a session.")],
+    file: Annotated[AdapterFile, PathParameter(description="One of the two files of an adapter.")],
+    services: Wired,
+) -> FileResponse:
+    """A file of an adapter, for a machine that does not share this one's disk; its sha256 in the header x-sha256."""
+    held = {wanted.name: wanted.path for wanted in services.runs.wanted()}
+    folder = held.get(name) or services.versions.path_of(name)
+    path = Path(folder) / file if folder else None
+    if path is None or not path.is_file():
+        raise UnknownVersionError(f"this trainer has no files of {name[:80]}; GET /v1/versions lists what it made")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileResponse(path, media_type="application/octet-stream", headers={SHA256_HEADER: digest})
 
 
 @router.put("/v1/served")
