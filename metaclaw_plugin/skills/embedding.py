@@ -63,14 +63,17 @@ class OnnxEmbedder:
         for name in ("model.onnx", "tokenizer.json"):
             if not (path / name).is_file():
                 raise ConfigError(f"metaclaw.skills.embedder_model: {path} has no {name}; export the model to it first")
-        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._tokenizer.enable_truncation(MAX_WORDS)
-        self._tokenizer.enable_padding()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # the request path shares its cores
-        self._session = onnxruntime.InferenceSession(
-            str(path / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+            self._session = onnxruntime.InferenceSession(
+                str(path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # both libraries raise classes of their own that derive from nothing narrower
+            raise ConfigError(f"metaclaw.skills.embedder_model: what is in {path} cannot be read: {error}") from error
+        self._tokenizer.enable_truncation(MAX_WORDS)
+        self._tokenizer.enable_padding()
         self._inputs = {entry.name for entry in self._session.get_inputs()}
 
     def embed(self, texts: Sequence[str]) -> Vectors:
@@ -81,7 +84,10 @@ class OnnxEmbedder:
             "attention_mask": mask,
             "token_type_ids": np.zeros_like(mask),
         }
-        states = self._session.run(None, {name: feed[name] for name in self._inputs})[0]  # (N, T, D)
+        try:
+            states = self._session.run(None, {name: feed[name] for name in self._inputs})[0]  # (N, T, D)
+        except Exception as error:  # as above, and a KeyError for an input that no sentence model has
+            raise SkillError(f"the ONNX model does not answer: {error}") from error
         weights = mask[:, :, None].astype(np.float32)
         return _unit((states * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-9))
 

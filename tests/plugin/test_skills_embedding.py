@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model2vec import StaticModel
+from onnx import TensorProto, helper, numpy_helper, save_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -170,6 +172,70 @@ def test_vectors_of_another_width_are_refused(endpoint: ThreadingHTTPServer) -> 
 def test_an_embedder_that_cannot_be_is_named_with_its_remedy(settings: dict[str, Any], cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
         load_embedder(SkillSettings.model_validate(settings))
+
+
+@pytest.fixture(scope="module")
+def onnx_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX model that looks up WORDS and 9 for padding, without a layer on top, so that all can be foretold."""
+    folder = tmp_path_factory.mktemp("onnx")
+    tokenizer = Tokenizer(WordLevel({"[PAD]": 0} | {word: i for i, word in enumerate(WORDS, 1)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    table = numpy_helper.from_array(np.array([(9.0, 9.0), *WORDS.values()], np.float32), "table")
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["texts", "pieces"])
+    states = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["texts", "pieces", 2])
+    node = helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])
+    graph = helper.make_graph([node], "words", [ids], [states], [table])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    save_model(model, str(folder / "model.onnx"))
+    return folder
+
+
+def onnx(folder: Path, retrieval: str = "embeddings") -> SkillSettings:
+    values = {"retrieval": retrieval, "embedder": "onnx", "embedder_model": str(folder)}
+    return SkillSettings.model_validate(values)
+
+
+def test_an_onnx_model_is_the_mean_of_its_words_whatever_they_are_padded_with(onnx_model: Path) -> None:
+    embedder = load_embedder(onnx(onnx_model))
+    assert embedder is not None
+    together = embedder.embed(["car", "car bread car bread"])
+    np.testing.assert_allclose(together, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)]], atol=1e-6)
+    np.testing.assert_allclose(embedder.embed(["car"])[0], together[0], atol=1e-6)
+    assert embedder.embed(["bread " * 5000]).shape == (1, 2)
+
+
+@pytest.mark.parametrize("retrieval", ["embeddings", "fused"])
+def test_skills_are_found_by_meaning_with_an_onnx_model(tmp_path: Path, onnx_model: Path, retrieval: str) -> None:
+    settings = onnx(onnx_model, retrieval)
+    retriever = Retriever(library(tmp_path), settings, load_embedder(settings))
+    retriever.embed_new()
+    assert [scored.skill.name for scored in retriever.search("alpha", "loaf")][:1] == ["bake-bread"]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
+def test_an_onnx_model_that_is_damaged_is_named(tmp_path: Path, onnx_model: Path, name: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(onnx_model, folder)
+    (folder / name).write_bytes(b"\x00nonsense")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_embedder(onnx(folder))
+
+
+def test_an_onnx_model_that_fails_leaves_the_choice_to_words(tmp_path: Path, onnx_model: Path) -> None:
+    folder = tmp_path / "narrow"
+    shutil.copytree(onnx_model, folder)
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "car": 99, "bread": 98}, unk_token="[UNK]"))  # beyond its table
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = onnx(folder)
+    embedder = load_embedder(settings)
+    assert embedder is not None
+    with pytest.raises(SkillError, match="ONNX"):
+        embedder.embed(["car"])
+    retriever = Retriever(library(tmp_path / "skills"), settings, embedder)
+    retriever.embed_new()
+    assert [scored.skill.name for scored in retriever.search("alpha", "car")] == ["fix-car"]
 
 
 def test_a_missing_onnx_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
