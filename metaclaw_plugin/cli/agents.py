@@ -80,12 +80,17 @@ def remove(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     traces: Annotated[bool, typer.Option("--traces", help="Delete its traces as well.")] = False,
+    skills: Annotated[
+        bool, typer.Option("--skills", help="Delete its own skills as well, the retired and the proposed too.")
+    ] = False,
     config: Config = None,
 ) -> None:
     """Remove an agent, and revoke the keys that acted for it alone.
 
-    Its traces stay, unless --traces is given; `metaclaw traces delete --agent NAME` deletes them later.
+    Its traces and its own skills stay, unless --traces and --skills are given: an agent that is added under this name
+    has them. `metaclaw traces delete --agent NAME` deletes the traces later.
     """
+    from metaclaw_plugin.skills.editing import SkillFolder
     from metaclaw_plugin.store.agents import get_record, remove_agent
     from metaclaw_plugin.store.deletion import delete_all
     from metaclaw_plugin.store.traces import TraceFilter
@@ -94,11 +99,18 @@ def remove(
     with engine.connect() as c:
         get_record(c, name)
     if not yes:
-        typer.confirm(f"Remove the agent {name}{' and all of its traces' if traces else ''}?", abort=True)
+        also = [word for word, wanted in (("traces", traces), ("skills", skills)) if wanted]
+        typer.confirm(f"Remove the agent {name}{' and all of its ' + ' and '.join(also) if also else ''}?", abort=True)
     with engine.begin() as c:
         keys = remove_agent(c, name)
     deleted = delete_all(engine, TraceFilter(agent=name)).traces if traces else 0
     typer.echo(f"removed {name}, {keys} key(s) and {deleted} trace(s)")
+    folder = SkillFolder(settings.skills_path, name)
+    if skills:
+        folder.delete()
+        typer.echo("its own skills are deleted")
+    elif folder.is_there:
+        typer.echo(f"its own skills stay in {settings.skills_path / name}: an agent added as {name} will have them")
 
 
 @app.command()

@@ -96,6 +96,29 @@ class SkillFolder:
             raise SkillError(f"cannot move {source} to {target}: {error.strerror}") from error
         return target
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything of this owner's: skills, retired ones or proposals."""
+        return self._path.is_dir() and any(self._path.iterdir())
+
+    def delete(self) -> None:
+        """Delete all of it for good; a library that watches never sees half of it.
+
+        Raises:
+            SkillError: if the disk refuses.
+        """
+        doomed = self._path.parent / f".deleted-{self.owner}-{secrets.token_hex(3)}"
+        try:
+            if self._path.is_symlink():
+                self._path.unlink()  # what a link points to is not ours
+                return
+            self._path.rename(doomed)
+            shutil.rmtree(doomed)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise SkillError(f"cannot delete {self._path}: {error.strerror}") from error
+
     @contextmanager
     def applied(self, changes: Sequence[Change]) -> Iterator[None]:
         """Carry out ``changes``; if the block raises, everything is put back as it was.

@@ -122,6 +122,25 @@ def test_mode_record_and_owner_are_shown_and_set(engine: Engine) -> None:
     assert done("owner", "alpha", "none").strip() == "none"
 
 
+@pytest.mark.law(4)
+def test_removing_an_agent_says_what_stays_of_its_skills_or_deletes_them(engine: Engine, tmp_path: Path) -> None:
+    added("alpha")
+    assert "skills" not in done("remove", "alpha", "--yes"), "it had none"
+    for skill in ("skills/alpha/one", "skills/alpha/.retired/two.abc", "skills/beta/three"):
+        (tmp_path / skill).mkdir(parents=True)
+        (tmp_path / skill / "SKILL.md").write_text("x")
+    added("alpha")
+    assert f"its own skills stay in {tmp_path / 'skills' / 'alpha'}" in done("remove", "alpha", "--yes")
+    assert (tmp_path / "skills/alpha/one/SKILL.md").exists()
+    added("alpha")
+    assert "its own skills are deleted" in done("remove", "alpha", "--yes", "--skills")
+    assert [path.name for path in (tmp_path / "skills").iterdir()] == ["beta"]
+    added("alpha")
+    (tmp_path / "skills/alpha").symlink_to(tmp_path / "skills/beta")
+    done("remove", "alpha", "--yes", "--skills")
+    assert (tmp_path / "skills/beta/three/SKILL.md").exists(), "what a link points to is another's"
+
+
 def test_remove_asks_first_and_keeps_traces_unless_told(engine: Engine) -> None:
     key = added("alpha")["key"]
     with engine.begin() as c:
