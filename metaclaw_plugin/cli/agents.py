@@ -95,7 +95,7 @@ def remove(
     from metaclaw_plugin.store.deletion import delete_all
     from metaclaw_plugin.store.traces import TraceFilter
 
-    _, engine = _open(config)
+    settings, engine = _open(config)
     with engine.connect() as c:
         get_record(c, name)
     if not yes:
