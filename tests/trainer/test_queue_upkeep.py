@@ -51,8 +51,8 @@ def test_training_begins_again_and_upkeep_goes_on(
     monkeypatch.setattr(training, "RESTART_SECONDS", 0.01)
     loop, beat, sweep = Loop(), Upkeep(), Upkeep()
     owner: Any = type("Owner", (), {"heartbeat": staticmethod(beat)})
-    retention: Any = type("Retention", (), {"sweep": staticmethod(sweep)})
-    thread = TrainingThread(loop, owner, retention, heartbeat=0.005)  # type: ignore[arg-type]
+    sweeper: Any = type("Sweeper", (), {"sweep": staticmethod(sweep)})
+    thread = TrainingThread(loop, owner, [sweeper], heartbeat=0.005)  # type: ignore[arg-type]
     thread.start()
     eventually(lambda: loop.runs == 3 and beat.calls > 8 and sweep.calls > 1)
     assert thread.failures == 2

@@ -23,7 +23,7 @@ from metaclaw_trainer.metrics import Metrics
 from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.proof import Prover, read_proof
 from metaclaw_trainer.reconcile import Reconciler
-from metaclaw_trainer.retention import Retention
+from metaclaw_trainer.retention import Forgetting, Retention
 from metaclaw_trainer.runs import Runs
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.sampler import Sampler
@@ -78,8 +78,9 @@ def running(settings: TrainerSettings) -> Iterator[Services]:
     )
     services.metrics.watch(services.agents, services.reconciler.states)
     loop = TrainingLoop(engine, services.queue, versions, settings, services.metrics, services.plugins)
-    retention = Retention(store, settings.folder, int(settings.disk_budget_gib * 2**30))
-    training = TrainingThread(loop, owner, retention)
+    budget = int(settings.disk_budget_gib * 2**30)
+    retention = Retention(store, settings.folder, budget, settings.session_idle_seconds)
+    training = TrainingThread(loop, owner, (retention, Forgetting(store, settings.keep_settled_days)))
     watch = FolderWatch(services.plugins)
     watch.start()
     services.reconciler.start()

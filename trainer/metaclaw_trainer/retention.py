@@ -1,102 +1,90 @@
-"""Disk for adapter versions stays within its budget: the oldest that nobody needs go first.
+"""Disk for adapters stays within its budget, the oldest that nobody needs going first; and old rows are forgotten.
 
-Needed are what vLLM shall hold, the head of each agent (the next step starts there) and each agent's newest few (the
-worker may not have judged them yet). If those alone are more than the budget, they stay, and the log says so.
+What is needed (see ``removable``) stays even if it alone is more than the budget; the log says so then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from metaclaw_hooks.names import version_name
 
 from metaclaw_trainer.checkpoints import remove_checkpoint
 from metaclaw_trainer.errors import TrainerError
-from metaclaw_trainer.schema import agents, proofs, served, versions
+from metaclaw_trainer.removable import Removable, SessionFiles, Source, VersionFiles
+from metaclaw_trainer.schema import issued_paths, recalled_traces, sample_traces, samples
 from metaclaw_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
-KEPT_NEWEST = 3  # of each agent
+LEFT_SECONDS = 3600.0  # age of a half-written folder of a session after which its writer is dead
+_ROWS = 500  # removed in one transaction
 
 
 class Retention:
-    """Keeps the folders of versions below ``folder`` within ``budget`` bytes."""
+    """Keeps the folders of versions and sessions below ``folder`` within ``budget`` bytes.
 
-    def __init__(self, store: Store, folder: Path, budget: int) -> None:
+    Args:
+        idle_seconds: a training session at rest for longer may lose its newest checkpoint too.
+    """
+
+    def __init__(self, store: Store, folder: Path, budget: int, idle_seconds: float = 86_400.0) -> None:
         self._store = store
         self._folder = folder.resolve()
         self._budget = budget
+        self._sessions = SessionFiles(store, idle_seconds)
+        self._sources: tuple[Source, ...] = (VersionFiles(store), self._sessions)
         self._over = False
 
     def sweep(self) -> list[str]:
-        """Remove what has to go; the names of those versions."""
-        self._finish_removals()
+        """Remove what has to go; the names of it, oldest first."""
+        self._finish()
         with self._store.read() as c:
-            used = int(c.scalar(sa.select(sa.func.sum(versions.c.size)).where(versions.c.removed_at.is_(None))) or 0)
-            candidates = self._candidates(c) if used > self._budget else []
+            used = sum(source.used(c) for source in self._sources)
+            named = [(one, source) for source in self._sources for one in source.candidates(c)]
         gone = []
-        for row in candidates:
+        for one, source in sorted(named, key=lambda pair: pair[0].made_at):
             if used <= self._budget:
                 break
-            if self._mark(row.agent, row.number):
-                self._remove(row.path)
-                used -= row.size
-                gone.append(version_name(row.agent, row.number))
+            if self._removed(one, source):
+                used -= one.size
+                gone.append(one.name)
         if gone:
-            log.info("removed %d old versions to stay within the disk budget, such as %s", len(gone), gone[0])
+            log.info("removed %d old adapters to stay within the disk budget, such as %s", len(gone), gone[0])
         if (used > self._budget) != self._over:
             self._over = not self._over
             if self._over:
                 log.warning(
-                    "adapter versions take %d MiB, the budget is %d MiB, and all of them are needed: raise "
+                    "adapters take %d MiB, the budget is %d MiB, and all of them are needed: raise "
                     "metaclaw.trainer.disk_budget_gib",
                     used >> 20,
                     self._budget >> 20,
                 )
         return gone
 
-    def _candidates(self, c: sa.Connection) -> list[Any]:
-        """Versions that may go, oldest first."""
-        rank = sa.func.row_number().over(partition_by=versions.c.agent, order_by=versions.c.number.desc())
-        ranked = sa.select(
-            versions.c.agent, versions.c.number, versions.c.path, versions.c.size, versions.c.cursor, rank.label("rank")
-        ).where(versions.c.removed_at.is_(None))
-        table = ranked.subquery()
-        heads = sa.exists().where(agents.c.name == table.c.agent, agents.c.head == table.c.number)
-        query = (
-            sa.select(table.c.agent, table.c.number, table.c.path, table.c.size)
-            .where(table.c.rank > KEPT_NEWEST, ~heads)
-            .order_by(table.c.cursor)
-        )
-        wanted = set(c.scalars(sa.select(served.c.name)))
-        return [row for row in c.execute(query) if version_name(row.agent, row.number) not in wanted]
-
-    def _mark(self, agent: str, number: int) -> bool:
-        """Say that the files are gone before they are, unless somebody has come to need them."""
-        mine = sa.and_(versions.c.agent == agent, versions.c.number == number)
-        with self._store.write() as c:
-            # The lock on the row makes whoever wants to serve it wait; what is read after it is what counts.
-            c.execute(sa.select(versions.c.number).where(mine).with_for_update())
-            wanted = c.scalar(sa.select(served.c.name).where(served.c.name == version_name(agent, number)))
-            head = c.scalar(sa.select(agents.c.head).where(agents.c.name == agent).with_for_update())
-            if wanted is not None or head == number:
-                return False
-            c.execute(versions.update().where(mine).values(removed_at=time.time()))
-            c.execute(proofs.delete().where(proofs.c.agent == agent, proofs.c.number == number))
-        return True
-
-    def _finish_removals(self) -> None:
-        """Remove what was marked by a process that was killed before it removed it."""
-        query = sa.select(versions.c.path).where(versions.c.removed_at > time.time() - 86_400)
+    def _finish(self) -> None:
+        """Remove what processes that were killed have left: folders marked as removed, half-written, or of nobody."""
         with self._store.read() as c:
-            paths = list(c.scalars(query))
+            paths = [path for source in self._sources for path in source.marked(c)]
+            ended = self._sessions.ended(c)
         for path in paths:
             self._remove(path)
+        for one in ended:
+            self._removed(one, self._sessions)
+        for left in (self._folder / "runs").glob("*/*/.*.*"):
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - LEFT_SECONDS:
+                    shutil.rmtree(left)
+
+    def _removed(self, one: Removable, source: Source) -> bool:
+        if not source.mark(one):
+            return False
+        self._remove(one.path)
+        return True
 
     def _remove(self, path: str) -> None:
         folder = Path(path)
@@ -105,4 +93,35 @@ class Retention:
         try:
             remove_checkpoint(folder)
         except OSError as error:
-            raise TrainerError(f"cannot remove the old version at {folder}: {error.strerror}") from error
+            raise TrainerError(f"cannot remove the old adapter at {folder}: {error.strerror}") from error
+
+
+class Forgetting:
+    """Removes rows of samples that were settled, and of traces that were recalled, ``days`` ago.
+
+    They are kept that long so that a sample that is sent again is known. Which versions learned from a trace stays in
+    the manifests of the versions.
+    """
+
+    def __init__(self, store: Store, days: float) -> None:
+        self._store = store
+        self._seconds = days * 86_400.0
+
+    def sweep(self) -> int:
+        """How many samples were forgotten."""
+        before, total = time.time() - self._seconds, 0
+        while True:
+            with self._store.write() as c:
+                query = sa.select(samples.c.id).where(samples.c.settled_at < before).limit(_ROWS)
+                ids = list(c.scalars(query))
+                c.execute(sample_traces.delete().where(sample_traces.c.sample_id.in_(ids)))
+                c.execute(samples.delete().where(samples.c.id.in_(ids)))
+            total += len(ids)
+            if len(ids) < _ROWS:
+                break
+        with self._store.write() as c:
+            c.execute(recalled_traces.delete().where(recalled_traces.c.at < before))
+            c.execute(issued_paths.delete().where(issued_paths.c.removed_at < before))
+        if total:
+            log.info("forgot %d samples that were settled %d days ago", total, round(self._seconds / 86_400))
+        return total

@@ -34,7 +34,7 @@ from metaclaw_trainer.objective import BatchResult
 from metaclaw_trainer.schema import issued_paths, run_weights
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import Store
-from metaclaw_trainer.versions import Wanted
+from metaclaw_trainer.versions import Wanted, folder_size
 
 log = logging.getLogger(__name__)
 
@@ -212,22 +212,25 @@ class Runs:
 
         Raises:
             UnknownVersionError: if this server never gave that path to the caller.
+            ConflictError: if its files were removed to save space.
             CheckpointRefusedError: if it does not fit the base model, or is not what was written.
         """
         with self._store.read() as c:
-            query = sa.select(issued_paths.c.path).where(
+            query = sa.select(issued_paths.c.path, issued_paths.c.removed_at).where(
                 issued_paths.c.path == path,
                 issued_paths.c.caller == run.caller,
                 issued_paths.c.kind == "checkpoints",
             )
-            issued = c.scalar(query)
+            issued = c.execute(query).first()
         if issued is None:
             raise UnknownVersionError(
                 "this server never gave you that checkpoint path; use one from /v1/checkpoint/save"
             )
+        if issued.removed_at is not None:
+            raise ConflictError("the files of that checkpoint were removed to save space: load a newer one")
         with run.lock:
             fingerprint = self._fingerprint()
-            state = read_checkpoint(Path(issued), fingerprint).adapter
+            state = read_checkpoint(Path(issued.path), fingerprint).adapter
             self._engine.call(lambda e: e.restore(run.key, state))
             run.config, run.losses = state.config, []
         return state.step
@@ -284,7 +287,7 @@ class Runs:
         write_checkpoint(target, checkpoint, self._settings.base_model, self._fingerprint())
         row = {"path": str(target), "caller": run.caller, "session_id": run.id, "kind": kind, "at": time.time()}
         with self._store.write() as c:
-            c.execute(issued_paths.insert().values(**row))
+            c.execute(issued_paths.insert().values(**row, size=folder_size(target)))
         return target
 
     def _remove(self, path: Path) -> None:

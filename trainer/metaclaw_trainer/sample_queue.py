@@ -15,7 +15,8 @@ from metaclaw_hooks.types import Sample
 
 from metaclaw_trainer.agents import ensure_agent, raise_generation
 from metaclaw_trainer.codec import decode_sample, encode_sample
-from metaclaw_trainer.schema import agents, proofs, recalled_traces, sample_traces, samples, versions
+from metaclaw_trainer.lineage import learned_from, with_descendants
+from metaclaw_trainer.schema import agents, proofs, recalled_traces, sample_traces, samples
 from metaclaw_trainer.store import Store
 
 SPENT: dict[str, object] = {"token_ids": None, "logprobs": None, "hint": None}  # what is not kept once it is settled
@@ -125,8 +126,11 @@ class StoredQueue:
             ids: set[str] = set()
             for part in _parts(sorted(wanted)):
                 ids |= set(c.scalars(sa.select(sample_traces.c.sample_id).where(sample_traces.c.trace_id.in_(part))))
+            # Rows of samples that were trained long ago are gone; the versions' manifests still name their traces.
+            trained = learned_from(c, wanted - _which(c, sample_traces.c.trace_id, wanted))
+            for agent, number in trained:
+                c.execute(proofs.delete().where(proofs.c.agent == agent, proofs.c.number == number))
             removed: list[str] = []
-            trained: set[tuple[str, int]] = set()
             for part in _parts(sorted(ids)):
                 query = sa.select(samples.c.id, samples.c.agent, samples.c.state, samples.c.version)
                 for row in c.execute(query.where(samples.c.id.in_(part))).all():
@@ -148,7 +152,7 @@ class StoredQueue:
                 )
             for part in _parts(sorted(ids)):
                 c.execute(proofs.delete().where(proofs.c.sample_id.in_(part)))
-            names = sorted(f"{agent}@v{number}" for agent, number in self._with_descendants(c, trained))
+            names = sorted(f"{agent}@v{number}" for agent, number in with_descendants(c, trained))
         return removed, names
 
     def set_rewards(self, rewards: Mapping[str, float]) -> tuple[list[str], list[str]]:
@@ -169,16 +173,6 @@ class StoredQueue:
                     c.execute(samples.update().where(samples.c.id == row.id).values(turns=turns))
                     changed |= told
         return sorted(changed), sorted(claimed)
-
-    def _with_descendants(self, c: sa.Connection, trained: set[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Versions that were trained from a version that learned from a trace have learned from it too."""
-        reached = set(trained)
-        for agent in {agent for agent, _ in trained}:
-            query = sa.select(versions.c.number, versions.c.manifest).where(versions.c.agent == agent)
-            for number, manifest in c.execute(query.order_by(versions.c.number)).all():
-                if (agent, manifest.get("parent")) in reached:
-                    reached.add((agent, number))
-        return reached
 
     def ready(self) -> list[tuple[str, int]]:
         """Agents that may train now and have enough samples, with how many to claim; longest waiting first.

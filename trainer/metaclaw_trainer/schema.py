@@ -6,7 +6,8 @@ A sample moves through one column:
                     -> set_aside   (will not be trained; ``reason`` says why)
             any     -> recalled    (its owner deleted a trace of it)
 
-Tokens are kept as long as they may be trained on; the row stays, so that sending it again does nothing.
+Tokens are kept as long as they may be trained on; the row stays for ``keep_settled_days``, so that sending it again
+does nothing.
 
 ``claimed`` names the process that holds it; what a dead process held waits again.
 """
@@ -41,6 +42,7 @@ samples = sa.Table(
     sa.Column("settled_at", sa.Float),
     sa.Index("ix_samples_queue", "state", "agent", "seq"),
     sa.Index("ix_samples_owner", "owner"),
+    sa.Index("ix_samples_settled", "settled_at"),
 )
 
 sample_traces = sa.Table(
@@ -142,5 +144,7 @@ issued_paths = sa.Table(
     sa.Column("session_id", sa.String(64), nullable=False),
     sa.Column("caller", sa.String(63), nullable=False),  # name of the key that it was given to
     sa.Column("kind", sa.String(16), nullable=False),  # "weights" or "checkpoints"
+    sa.Column("size", sa.BigInteger, nullable=False),  # bytes on disk
     sa.Column("at", sa.Float, nullable=False),
+    sa.Column("removed_at", sa.Float),  # its files are gone
 )

@@ -144,7 +144,12 @@ class TrainerSettings(BaseModel):
     )
 
     # files
-    disk_budget_gib: float = Field(20.0, gt=0, description="Space for adapter versions; the oldest retired go first.")
+    disk_budget_gib: float = Field(
+        20.0, gt=0, description="Space for adapter versions and checkpoints of sessions; the oldest unneeded go first."
+    )
+    keep_settled_days: float = Field(
+        90.0, ge=1, description="Days for which a sample that was trained or set aside is known when it comes again."
+    )
     hooks_path: Path | None = Field(None, description="Folder of plain .py plugins; unset: hooks/ in METACLAW_HOME.")
     hook_timeout: float = Field(30.0, gt=0, description="Seconds after which one hook call counts as no opinion.")
 

@@ -1,14 +1,15 @@
-"""The threads that run beside the HTTP server: the training loop, and upkeep (heartbeat, disk budget)."""
+"""The threads that run beside the HTTP server: the training loop, and upkeep (heartbeat, disk budget, old rows)."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from metaclaw_trainer.errors import TrainerError
 from metaclaw_trainer.loop import TrainingLoop
 from metaclaw_trainer.owners import Owner
-from metaclaw_trainer.retention import Retention
 
 log = logging.getLogger(__name__)
 
@@ -17,15 +18,21 @@ SWEEP_EVERY = 6  # heartbeats
 RESTART_SECONDS = 5.0
 
 
+class Sweeper(Protocol):
+    """Clears away what is too much or too old."""
+
+    def sweep(self) -> object: ...
+
+
 class TrainingThread:
     """Trains in the background until stopped."""
 
     def __init__(
-        self, loop: TrainingLoop, owner: Owner, retention: Retention, heartbeat: float = HEARTBEAT_SECONDS
+        self, loop: TrainingLoop, owner: Owner, sweepers: Sequence[Sweeper], heartbeat: float = HEARTBEAT_SECONDS
     ) -> None:
         self._loop = loop
         self._owner = owner
-        self._retention = retention
+        self._sweepers = sweepers
         self._heartbeat = heartbeat
         self.failures = 0  # times that the loop broke off
         self._stop = threading.Event()
@@ -58,7 +65,9 @@ class TrainingThread:
     def _keep_up(self) -> None:
         beats = 0
         while not self._stop.wait(self._heartbeat):
-            due = [self._owner.heartbeat] + ([self._retention.sweep] if beats % SWEEP_EVERY == 0 else [])
+            due: list[Callable[[], object]] = [self._owner.heartbeat]
+            if beats % SWEEP_EVERY == 0:
+                due += [sweeper.sweep for sweeper in self._sweepers]
             for job in due:
                 try:
                     job()

@@ -41,7 +41,9 @@ def upgrade() -> None:
         sa.Column("session_id", sa.String(length=64), nullable=False),
         sa.Column("caller", sa.String(length=63), nullable=False),
         sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
+        sa.Column("removed_at", sa.Float()),
         sa.PrimaryKeyConstraint("path"),
     )
     op.create_table(
@@ -108,6 +110,7 @@ def upgrade() -> None:
     with op.batch_alter_table("samples", schema=None) as batch_op:
         batch_op.create_index("ix_samples_owner", ["owner"], unique=False)
         batch_op.create_index("ix_samples_queue", ["state", "agent", "seq"], unique=False)
+        batch_op.create_index("ix_samples_settled", ["settled_at"], unique=False)
 
     op.create_table("served", sa.Column("name", sa.String(length=80), nullable=False), sa.PrimaryKeyConstraint("name"))
     op.create_table(
