@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -98,6 +99,8 @@ def throughput(count: int) -> dict[str, Any]:
             started = time.perf_counter()
             asyncio.run(_score_and_forward(ctx))
             seconds = time.perf_counter() - started
+            cpu_seconds = time.process_time() - before
+            tenths = memory.stop()
             states = rows(ctx.engine, "score", "forward")
     receiver.terminate()
     done = sum(state == ("scored", "forwarded") for state in states)
@@ -105,11 +108,10 @@ def throughput(count: int) -> dict[str, Any]:
         "traces": count,
         "done": done,
         "seconds": seconds,
-        "cpu_seconds": time.process_time() - before,
+        "cpu_seconds": cpu_seconds,
         "traces_per_second": count / seconds,
         "rss_start_mib": memory.start,
-        "rss_tenth_mib": memory.at_tenth(),
-        "rss_peak_mib": memory.stop(),
+        "rss_tenths_mib": tenths,
     }
 
 
@@ -189,14 +191,13 @@ class _Memory:
             self._seen.append(self._now())
             time.sleep(0.1)
 
-    def at_tenth(self) -> float:
-        """The peak of the first tenth of the time: if the end is no higher, memory is flat."""
-        return max(self._seen[: max(1, len(self._seen) // 10)])
-
-    def stop(self) -> float:
+    def stop(self) -> list[float]:
+        """The peak of each tenth of the time: if the last are no higher than those before, memory is flat."""
         self._running = False
         self._thread.join()
-        return max(self._seen)
+        seen = self._seen
+        edges = [len(seen) * tenth // 10 for tenth in range(11)]
+        return [max(seen[first : max(last, first + 1)]) for first, last in itertools.pairwise(edges)]
 
 
 def judged(concurrency: int) -> dict[str, Any]:
@@ -272,8 +273,11 @@ def _print(found: dict[str, Any]) -> None:
     print(f"  scored and forwarded  {min(run['done'] for run in runs)}")
     print(f"  seconds               {middle('seconds'):.1f} (CPU {middle('cpu_seconds'):.1f})")
     print(f"  traces a second       {middle('traces_per_second'):.0f}")
-    memory = [middle(f"rss_{when}_mib") for when in ("start", "tenth", "peak")]
-    print("  memory, MiB           {:.0f} at the start, {:.0f} in the first tenth, {:.0f} at most".format(*memory))
+    tenths = [statistics.median(run["rss_tenths_mib"][tenth] for run in runs) for tenth in range(10)]
+    print(
+        f"  memory, MiB           {middle('rss_start_mib'):.0f}; peak of each tenth: "
+        + " ".join(f"{m:.0f}" for m in tenths)
+    )
     print("judge calls of 0.2 s   concurrency  seconds  perfect overlap  ratio")
     for row in found["judge"]:
         print(f"{row['concurrency']:>35}  {row['seconds']:>7.2f}  {row['ideal']:>15.2f}  {row['ratio']:>5.2f}")
