@@ -56,7 +56,7 @@ def list_(as_json: AsJson = False, config: Config = None) -> None:
         rows = [
             {
                 "agent": record.name,
-                "mode": (record.mode or settings.mode).value,
+                "mode": record.effective_mode(settings.mode).value,
                 "mode_set": record.mode is not None,
                 "keys": sum(record.name in key.agents for key in keys),
                 "skill_generation": record.skill_generation,
@@ -195,7 +195,7 @@ def mode(
             set_mode(c, name, chosen)
     with engine.connect() as c:
         record = get_record(c, name)
-    typer.echo((record.mode or settings.mode).value + ("" if record.mode else " (global)"))
+    typer.echo(record.effective_mode(settings.mode).value + ("" if record.mode else " (global)"))
 
 
 @app.command()

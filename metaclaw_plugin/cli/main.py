@@ -40,6 +40,7 @@ COMMANDS = {
     "vllm": Entry("processes", "Run vLLM, set up for adapters, in the foreground."),
     "connect": Entry("connect", "Point OpenClaw, or any client, at the gateway.", group=True),
     "agents": Entry("agents", "Add agents and their keys, and see what they do.", group=True),
+    "mode": Entry("mode", "Show or set the mode of all agents that have none of their own."),
     "traces": Entry("traces", "Look at, export and delete what was captured.", group=True),
     "skills": Entry("skills", "Look at and edit the skill library.", group=True),
     "rewards": Entry("rewards", "See how traces were rewarded.", group=True),

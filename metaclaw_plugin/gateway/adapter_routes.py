@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import httpx
 from fastapi import APIRouter, Path, Query
 from metaclaw_hooks.errors import InvalidNameError
 from metaclaw_hooks.names import parse_version
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.engine import Connection
 
-from metaclaw_plugin.errors import UnknownAgentError, UnknownVersionError
+from metaclaw_plugin.errors import TrainingNotStartedError, UnknownAgentError, UnknownVersionError
 from metaclaw_plugin.gateway.identity import Identity
+from metaclaw_plugin.gateway.process import GatewayProcess
 from metaclaw_plugin.store.adapters import get_version, list_versions
+from metaclaw_plugin.store.lineage import retrain_without_deleted
 from metaclaw_plugin.store.wishes import promote, rollback
+from metaclaw_plugin.trainer_client import TrainerClient
 
 Ask = Callable[[Any, Callable[[Connection, Identity], Any]], Coroutine[Any, Any, Any]]
-Name = Annotated[str, Path(max_length=200, description="agent@vN")]
+Name = Annotated[str, Path(max_length=200, description="Such as ada@v3.")]
 
 
 class AdaptersReply(BaseModel):
@@ -41,7 +45,25 @@ class WishReply(BaseModel):
     said: str
 
 
-def add_adapter_routes(router: APIRouter, caller: Any, read: Ask, write: Ask) -> None:
+class Retrain(BaseModel):
+    """Whose training begins again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent: str = Field(max_length=63, description="One of the caller's agents.")
+    without_deleted: Literal[True] = Field(description="Leave out every version that learned from deleted traces.")
+
+
+class TrainingStarted(BaseModel):
+    """A step was started; the version that it makes is listed, judged and published like any other."""
+
+    agent: str
+    started: bool
+
+
+def add_adapter_routes(
+    router: APIRouter, caller: Any, read: Ask, write: Ask, process: Callable[[], GatewayProcess]
+) -> None:
     """Add the routes; ``read`` and ``write`` run work on the store for the authenticated caller."""
 
     @router.get("/adapters", summary="Adapter versions of the caller's agents")
@@ -64,6 +86,22 @@ def add_adapter_routes(router: APIRouter, caller: Any, read: Ask, write: Ask) ->
         reply: dict[str, Any] = await read(auth, work)
         return reply
 
+    @router.post("/agents/{agent}/train", summary="Take a training step now")
+    async def train(
+        agent: Annotated[str, Path(max_length=63, description="One of the caller's agents.")], auth: Any = caller
+    ) -> TrainingStarted:
+        await read(auth, lambda _, identity: _own(identity, agent))
+        rl = process().settings.rl
+        async with httpx.AsyncClient(trust_env=False) as http:
+            reply = await TrainerClient(http, rl.remote_url, rl.remote_api_key).train(agent)
+        if not reply.started:
+            raise TrainingNotStartedError(f"no step of {agent} was started: {reply.reason or 'no reason was given'}")
+        return TrainingStarted(agent=agent, started=True)
+
+    _add_wishes(router, caller, write)
+
+
+def _add_wishes(router: APIRouter, caller: Any, write: Ask) -> None:
     @router.post("/adapters/{name}/promote", summary="Let a version serve")
     async def put_in_place(name: Name, auth: Any = caller) -> WishReply:
         reply: WishReply = await write(
@@ -75,6 +113,13 @@ def add_adapter_routes(router: APIRouter, caller: Any, read: Ask, write: Ask) ->
     async def take_back(body: Rollback, auth: Any = caller) -> WishReply:
         reply: WishReply = await write(
             auth, lambda c, identity: WishReply(said=rollback(c, _own(identity, body.agent), body.to))
+        )
+        return reply
+
+    @router.post("/adapters/retrain", summary="Train on from the last version that learned from no deleted trace")
+    async def retrain(body: Retrain, auth: Any = caller) -> WishReply:
+        reply: WishReply = await write(
+            auth, lambda c, identity: WishReply(said=retrain_without_deleted(c, _own(identity, body.agent)))
         )
         return reply
 

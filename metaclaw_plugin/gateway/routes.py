@@ -24,6 +24,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from metaclaw_plugin.errors import (
     ForbiddenAgentError,
     MetaclawError,
+    TrainerRefusedError,
+    TrainingNotStartedError,
     UnknownAgentError,
     UnknownSessionError,
     UnknownTraceError,
@@ -50,6 +52,8 @@ _STATUS = {
     UnknownTraceError: 404,
     UnknownVersionError: 404,
     VersionStateError: 409,
+    TrainingNotStartedError: 409,
+    TrainerRefusedError: 409,
 }
 
 
@@ -145,7 +149,7 @@ def create_router(authenticate: Callable[..., Any], process: Callable[[], Gatewa
 
     _add_writing(router, caller, write)
     _add_reading(router, caller, read, process)
-    add_adapter_routes(router, caller, read, write)
+    add_adapter_routes(router, caller, read, write, process)
     return router
 
 

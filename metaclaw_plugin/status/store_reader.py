@@ -24,6 +24,7 @@ Query = Callable[..., Sequence[Sequence[Any]]]
 T = TypeVar("T")
 
 _AGENTS = "SELECT name, mode FROM agents ORDER BY name"
+_GLOBAL_MODE = "SELECT value FROM facts WHERE name = 'global_mode'"  # {"mode"}, set while running
 _SERVING = "SELECT agent, version FROM routes"
 _COUNTS = "SELECT agent, forward, score, COUNT(*) FROM traces GROUP BY agent, forward, score"
 _CANDIDATES = "SELECT agent, COUNT(*) FROM adapters WHERE state = 'candidate' GROUP BY agent"
@@ -46,7 +47,7 @@ class StoredAgent:
     """One agent as the store knows it; counts are of its traces."""
 
     name: str
-    mode: str | None  # None: the global mode
+    mode: str | None  # None: the configured global mode
     version: int  # that serves it; 0: the base model
     candidates: int
     traces: int
@@ -142,6 +143,7 @@ def _view(query: Query) -> StoreView:
             tally.scored_waiting += count
     agents = []
     windows: dict[str, Any] = next((_told(value) for (value,) in query(_WINDOWS)), {})
+    everyone = next((_told(value)["mode"] for (value,) in query(_GLOBAL_MODE)), None)
     for name, mode in query(_AGENTS):
         tally = tallies[name]
         verdicts = query(_VERDICTS, agent=name)
@@ -151,7 +153,7 @@ def _view(query: Query) -> StoreView:
         agents.append(
             StoredAgent(
                 name=name,
-                mode=mode,
+                mode=mode or everyone,
                 version=serving.get(name, 0),
                 candidates=candidates.get(name, 0),
                 traces=tally.forward.total(),

@@ -20,14 +20,18 @@ from sqlalchemy.engine import Connection, Row
 from metaclaw_plugin.errors import AgentExistsError, UnknownAgentError, UnknownKeyError
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.engine import insert_or_ignore
+from metaclaw_plugin.store.facts import get_fact, set_fact
 
 KEY_PREFIX = "mc-"
-_BY_NAME = sa.select(schema.agents).where(schema.agents.c.name == sa.bindparam("name"))
+GLOBAL_MODE = "global_mode"  # fact {"mode"}: set while running, it goes before the configured one
+_EVERYONE = sa.select(schema.facts.c.value).where(schema.facts.c.name == GLOBAL_MODE).scalar_subquery()
+_AGENTS = sa.select(schema.agents, _EVERYONE.label("everyone"))
+_BY_NAME = _AGENTS.where(schema.agents.c.name == sa.bindparam("name"))
 
 
 @dataclass(frozen=True, slots=True)
 class AgentRecord:
-    """An agent as the store has it; ``mode`` None: the global mode."""
+    """An agent as the store has it; ``mode`` None: the global mode, ``global_mode`` if that was set while running."""
 
     name: str
     mode: Mode | None
@@ -36,10 +40,15 @@ class AgentRecord:
     settings: Mapping[str, Any]
     owner: str | None  # "team:ID", "user:ID" or "key:HASH" of LiteLLM; None: nobody claimed it
     created_at: float
+    global_mode: Mode | None = None
 
     def agent(self, default: Mode) -> Agent:
-        """The agent with its effective mode."""
-        return Agent(self.name, self.mode or default, self.skill_generation, self.settings)
+        """The agent with its effective mode; ``default`` is the configured one."""
+        return Agent(self.name, self.effective_mode(default), self.skill_generation, self.settings)
+
+    def effective_mode(self, default: Mode) -> Mode:
+        """The agent's own mode, else the global one that was set while running, else ``default``."""
+        return self.mode or self.global_mode or default
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +115,26 @@ def get_agent(c: Connection, name: str, default: Mode) -> Agent:
 
 def list_agents(c: Connection) -> list[AgentRecord]:
     """All agents, by name."""
-    return [_record(row) for row in c.execute(sa.select(schema.agents).order_by(schema.agents.c.name))]
+    return [_record(row) for row in c.execute(_AGENTS.order_by(schema.agents.c.name))]
 
 
 def set_mode(c: Connection, name: str, mode: Mode | None) -> None:
     """Set the agent's mode; ``None``: it follows the global one."""
     _update(c, name, mode=mode)
+
+
+def get_global_mode(c: Connection) -> Mode | None:
+    """The mode of agents without one of their own, if it was set while running."""
+    found = get_fact(c, GLOBAL_MODE)
+    return None if found is None else Mode(found["mode"])
+
+
+def set_global_mode(c: Connection, mode: Mode | None) -> None:
+    """Set the mode of all agents that have none of their own; ``None``: the configured one counts again."""
+    if mode is None:
+        c.execute(schema.facts.delete().where(schema.facts.c.name == GLOBAL_MODE))
+    else:
+        set_fact(c, GLOBAL_MODE, {"mode": mode.value})
 
 
 def set_record(c: Connection, name: str, record: bool) -> None:
@@ -263,7 +286,10 @@ def hash_key(secret: str) -> str:
 
 def _record(row: Row[Any]) -> AgentRecord:
     mode = None if row.mode is None else Mode(row.mode)
-    return AgentRecord(row.name, mode, row.skill_generation, row.record, row.settings, row.owner, row.created_at)
+    everyone = None if row.everyone is None else Mode(row.everyone["mode"])
+    return AgentRecord(
+        row.name, mode, row.skill_generation, row.record, row.settings, row.owner, row.created_at, everyone
+    )
 
 
 def _has_left_something(c: Connection, name: str) -> bool:

@@ -33,7 +33,7 @@ def agent_overview(c: Connection, name: str, default: Mode) -> dict[str, Any]:
     counted = sa.select(schema.counters.c.name, schema.counters.c.value).where(schema.counters.c.label == name)
     return {
         "agent": name,
-        "mode": (record.mode or default).value,
+        "mode": record.effective_mode(default).value,
         "model": f"metaclaw/{name}",
         "adapter_version": version or 0,
         "skill_generation": record.skill_generation,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +11,17 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI, Header
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.gateway.process import GatewayProcess
 from metaclaw_plugin.gateway.routes import create_router
-from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.settings import RlSettings, Settings
 from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.store.schema import adapters, recalls
 from tests.plugin.test_routing_pick import serve
 
 ADA = {"authorization": "ada"}
@@ -42,9 +46,26 @@ def engine(tmp_path: Path) -> Engine:
 
 
 @pytest.fixture
-async def client(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+async def trainer() -> AsyncIterator[str]:
+    """The trainer's route, as api/agents.py has it, with a sample of ada's and none of bob's."""
+    answers = {"ada": {"started": True}, "bob": {"started": False, "reason": "no sample of bob is waiting"}}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = (await reader.readline()).decode().split()
+        body = json.dumps(answers[line[1].split("/")[3]]).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.fixture
+async def client(engine: Engine, trainer: str) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
-    app.include_router(create_router(authenticate, lambda: GatewayProcess(Settings(), engine)))
+    settings = Settings(rl=RlSettings(remote_url=trainer))
+    app.include_router(create_router(authenticate, lambda: GatewayProcess(settings, engine)))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway/metaclaw/v1") as found:
         yield found
 
@@ -92,3 +113,38 @@ async def test_law_9_a_wish_that_makes_no_sense_gets_a_clear_error(client: httpx
         assert answer.status_code == status, path
         if status != 404:
             assert answer.json()["error"]["message"]
+
+
+async def test_a_step_is_taken_now_or_the_reason_is_told(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/agents/ada/train", headers=ADA)).json() == {"agent": "ada", "started": True}
+    answer = await client.post("/agents/bob/train", headers=BOB)
+    assert answer.status_code == 409
+    assert "no sample of bob is waiting" in answer.json()["error"]["message"]
+    assert (await client.post("/agents/bob/train", headers=ADA)).status_code == 404
+
+
+async def test_a_trainer_that_is_down_is_told_as_such(engine: Engine) -> None:
+    app = FastAPI()
+    settings = Settings(rl=RlSettings(remote_url="http://127.0.0.1:9"))
+    app.include_router(create_router(authenticate, lambda: GatewayProcess(settings, engine)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.post("/metaclaw/v1/agents/ada/train", headers=ADA)
+    assert answer.status_code == 503
+    assert "did not answer" in answer.json()["error"]["message"]
+
+
+async def test_training_begins_again_without_what_was_deleted(client: httpx.AsyncClient, engine: Engine) -> None:
+    body = {"agent": "ada", "without_deleted": True}
+    said = (await client.post("/adapters/retrain", json=body, headers=ADA)).json()["said"]
+    assert "nothing is to be done" in said
+    with engine.begin() as c:
+        second = (adapters.c.agent == "ada") & (adapters.c.number == 2)
+        manifest = c.scalars(sa.select(adapters.c.manifest).where(second)).one()
+        c.execute(adapters.update().where(second).values(manifest=manifest | {"trace_ids": ["gone"]}))
+        c.execute(recalls.insert().values(trace_id="gone", agent="ada", at=1.0))
+    said = (await client.post("/adapters/retrain", json=body, headers=ADA)).json()["said"]
+    assert said.startswith("v2 learned from deleted traces; training goes on from the base model")
+    with engine.connect() as c:
+        assert versions.get_route(c, "ada").version == 0
+    assert (await client.post("/adapters/retrain", json={"agent": "ada"}, headers=ADA)).status_code == 400
+    assert (await client.post("/adapters/retrain", json=body, headers=BOB)).status_code == 404

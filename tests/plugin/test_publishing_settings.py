@@ -10,8 +10,10 @@ from sqlalchemy.engine import Engine
 from typer.testing import CliRunner, Result
 
 from metaclaw_plugin.cli.agents import app
+from metaclaw_plugin.cli.mode import app as mode_app
 from metaclaw_plugin.errors import ConfigError, UnknownAgentError
 from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.status.store_reader import read_store
 from metaclaw_plugin.store.agents import add_agent, get_record
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.worker.evaluation import evaluation_settings
@@ -70,6 +72,22 @@ def test_law_9_what_makes_no_sense_is_refused_and_nothing_of_the_call_is_kept(en
     result = set_("ada", "publish.policy=always", change)
     assert isinstance(result.exception, ConfigError)
     assert own(engine) == {}
+
+
+def test_the_mode_of_all_agents_is_set_and_shown_where_they_are(engine: Engine, tmp_path: Path) -> None:
+    def mode(*words: str) -> str:
+        result = CliRunner().invoke(mode_app, list(words))
+        assert result.exit_code == 0, result.exception
+        return result.output.splitlines()[0]
+
+    configured = Settings().mode.value
+    assert mode() == f"{configured} (configured)"
+    assert mode("off") == "off"
+    assert CliRunner().invoke(app, ["mode", "ada"]).output == "off (global)\n"
+    view = read_store(f"sqlite:///{tmp_path / 'metaclaw.db'}")
+    assert [agent.mode for agent in view.agents] == ["off"]
+    assert mode("default") == f"{configured} (configured)"
+    assert isinstance(CliRunner().invoke(mode_app, ["sometimes"]).exception, ConfigError)
 
 
 def test_an_agent_that_does_not_exist_is_refused(engine: Engine) -> None:

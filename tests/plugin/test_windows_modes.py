@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import Settings, WindowSettings
-from metaclaw_plugin.store.agents import add_agent, remove_agent, set_mode, set_settings
+from metaclaw_plugin.store.agents import add_agent, list_agents, remove_agent, set_global_mode, set_mode, set_settings
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.facts import get_fact
 from metaclaw_plugin.store.schema import sessions
@@ -150,6 +150,21 @@ async def test_the_trainer_is_told_what_differs_and_nothing_else(ctx: Context) -
         set_mode(c, "bob", None)
     await modes.round()
     assert ctx.trainer.allowed == {"ada": False, "bob": True}
+
+
+async def test_the_global_mode_is_changed_while_running_and_an_agents_own_stands_before_it(ctx: Context) -> None:
+    modes = ctx.modes
+    with ctx.engine.begin() as c:
+        add_agent(c, "ada")
+        add_agent(c, "bob", Mode.RL)
+        set_global_mode(c, Mode.SKILLS_ONLY)
+    await modes.round()
+    assert ctx.trainer.allowed == {"ada": False, "bob": True}
+    with ctx.engine.begin() as c:
+        assert [record.agent(Mode.RL).mode for record in list_agents(c)] == [Mode.SKILLS_ONLY, Mode.RL]
+        set_global_mode(c, None)  # the configured one, rl
+    await modes.round()
+    assert ctx.trainer.allowed == {"ada": True, "bob": True}
 
 
 async def test_a_trainer_that_forgot_is_told_again_and_a_removed_agent_is_stopped(ctx: Context) -> None:
