@@ -27,9 +27,13 @@ _TOPICS = _words(
     "an island, stories, tea, a bus trip, mountains, paper, dancing, a birthday, shoes, fire, a letter, sunlight, rice"
 )
 
+# The base model answers these, on average, as long as the training forms (176 characters); else the exam before the
+# lesson would be no measure for the gain within it.
 _HELD_OUT_FORMS = (
     "What is {}, in one sentence?",
     "Name one good thing about {}.",
+    "What should I know about {}?",
+    "How would you tell a child about {}?",
 )
 _HELD_OUT_TOPICS = _words(
     "a dog, cheese, a holiday, the stars, a job, cooking, a tree, a hospital, trust, painting, a phone, snow, "
@@ -46,6 +50,6 @@ def training_prompts(seed: int) -> list[str]:
 
 
 def held_out_prompts(count: int) -> list[str]:
-    """The first ``count`` of 48 held-out questions, the same ones on every run."""
+    """The first ``count`` of 96 held-out questions, the same ones on every run."""
     prompts = [form.format(topic) for topic, form in itertools.product(_HELD_OUT_TOPICS, _HELD_OUT_FORMS)]
     return prompts[:count]

@@ -82,6 +82,7 @@ def _settings(stage: Stage, model: Path, gateway_port: int) -> dict[str, object]
         "mode": "rl",
         "base_model": str(model),
         "gateway": {"port": gateway_port},
+        "console": {"port": free_ports(1)[0]},
         # No replays: the demo has no gate, and measures on questions of its own.
         "sessions": {"held_out_one_in": 0},
         "publish": {"policy": "always"},
@@ -113,11 +114,15 @@ def _place_reward(stage: Stage, agent: str) -> None:
 
 _SHUFFLE = """
 
-# The control: an answer gets the reward that the one before it had earned, so rewards say nothing about answers.
-_queue = []
+# The control: an answer gets what any answer before it had earned, so rewards say nothing about answers. Not simply the
+# one before: short answers are finished, and so scored, together.
+import random
+
+_earned = []
+_dice = random.Random(0)
 
 
 def score_trace(trace):
-    _queue.append(earned(trace))
-    return _queue.pop(0) if len(_queue) > 1 else None
+    _earned.append(earned(trace))
+    return _dice.choice(_earned[:-1]) if len(_earned) > 1 else None
 """
