@@ -41,6 +41,7 @@ class Answers:
     kind: Kind
     home: Path
     port: int = 4000
+    console_port: int = 4020
     upstream: str | None = None  # LiteLLM's name, such as anthropic/claude-sonnet-4-5 (skills)
     upstream_key_variable: str | None = None
     upstream_base: str | None = None
@@ -63,7 +64,7 @@ def config_text(answers: Answers) -> str:
     Raises:
         ConfigError: if an answer is missing, or one that cannot be.
     """
-    text = "\n".join((_HEAD, _models(answers), _LITELLM, _ours(answers)))
+    text = "\n".join((_HEAD, _models(answers), _LITELLM.format(console=answers.console_port), _ours(answers)))
     checked(text, "the answers")
     return text
 
@@ -144,7 +145,7 @@ def _ours(answers: Answers) -> str:
             "  mode: rl  # off, skills_only, rl (train when a batch is full) or auto (train in windows)",
             f"  base_model: {_scalar(answers.base_model)}",
         ]
-    lines += ["  gateway:", f"    port: {answers.port}"]
+    lines += ["  gateway:", f"    port: {answers.port}", "  console:", f"    port: {answers.console_port}"]
     if answers.kind == "local":
         lines += ["  vllm:", f"    url: {_scalar(answers.vllm_url)}"]
         if answers.cpu:
@@ -181,4 +182,8 @@ _LITELLM = textwrap.dedent("""\
 
     general_settings:
       custom_auth: metaclaw_plugin.gateway.auth.authenticate  # keys of `metaclaw agents add`
+      plugins:  # MetaClaw's pages in LiteLLM's admin UI, at its top left; the address is the browser's way to them
+        - name: metaclaw
+          display_name: MetaClaw
+          url: http://localhost:{console}
     """)

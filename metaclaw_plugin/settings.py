@@ -1,7 +1,7 @@
 """All settings of gateway and worker: the section ``metaclaw:`` of the LiteLLM config file.
 
-The sections themselves are in ``settings_request`` and ``settings_learning``. ``metaclaw.trainer`` is read and checked
-by the trainer itself, which shares no code with this package.
+The sections themselves are in ``settings_request``, ``settings_learning`` and ``settings_console``.
+``metaclaw.trainer`` is read and checked by the trainer itself, which shares no code with this package.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from metaclaw_hooks.types import Mode
 from pydantic import Field, ValidationError, field_validator
 
 from metaclaw_plugin.errors import ConfigError
+from metaclaw_plugin.settings_console import ConsoleSettings
 from metaclaw_plugin.settings_errors import explain
 from metaclaw_plugin.settings_learning import (
     HookSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "CONFIG_NAME",
     "HOME_ENV",
     "CaptureSettings",
+    "ConsoleSettings",
     "EvolutionSettings",
     "GatewaySettings",
     "HookSettings",
@@ -98,6 +100,7 @@ class Settings(Section):
     windows: WindowSettings = WindowSettings()
     vllm: VllmSettings = VllmSettings()
     rl: RlSettings = RlSettings()
+    console: ConsoleSettings = ConsoleSettings()
     trainer: dict[str, Any] = Field(default_factory=dict, description="Settings of the trainer; see its own reference.")
 
     @field_validator("home")

@@ -20,7 +20,7 @@ from metaclaw_plugin.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-OURS = ("gateway", "worker", "trainer", "vllm")
+OURS = ("gateway", "worker", "trainer", "vllm", "console")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_our_services_run_our_commands_without_rights(compose: dict[str, Any], n
     assert users == ["metaclaw"]
 
 
-def test_only_the_gateway_is_reachable_and_from_this_machine_alone(compose: dict[str, Any]) -> None:
+def test_only_gateway_and_console_are_reachable_and_from_this_machine_alone(compose: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
-    assert published == {"gateway": ["127.0.0.1:4000:4000"]}
+    assert published == {"gateway": ["127.0.0.1:4000:4000"], "console": ["127.0.0.1:4020:4020"]}
 
 
 def test_no_secret_stands_in_the_files(compose: dict[str, Any]) -> None:

@@ -28,24 +28,16 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from metaclaw_plugin.doctor.agreement import look_at_agreement
-    from metaclaw_plugin.doctor.configuration import look_at_configuration
     from metaclaw_plugin.doctor.finding import Level
-    from metaclaw_plugin.doctor.machine import broken_by_cuda, look_at_machine
-    from metaclaw_plugin.doctor.services import look_at_services
+    from metaclaw_plugin.doctor.machine import broken_by_cuda
+    from metaclaw_plugin.doctor.report import examine
     from metaclaw_plugin.settings import find_config, load_settings
-    from metaclaw_plugin.supervisor.plan import trains
 
     if fix and (broken := broken_by_cuda()):
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "-y", *broken], check=True)
     path = find_config(config)
     settings = load_settings(path)
-    findings = [
-        *look_at_machine(settings, path),
-        *look_at_configuration(settings, path),
-        *look_at_services(settings),
-        *(look_at_agreement(settings) if trains(settings) else ()),
-    ]
+    findings = list(examine(settings, path))
     if as_json:
         typer.echo(json.dumps([{**asdict(finding), "level": finding.level.value} for finding in findings], indent=2))
     else:

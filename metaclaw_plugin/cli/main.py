@@ -38,6 +38,7 @@ COMMANDS = {
     "worker": Entry("processes", "Run the worker, which scores, forwards and publishes, in the foreground."),
     "trainer": Entry("processes", "Run the trainer in the foreground."),
     "vllm": Entry("processes", "Run vLLM, set up for adapters, in the foreground."),
+    "console": Entry("processes", "Run the console, the web pages about every agent, in the foreground."),
     "connect": Entry("connect", "Point OpenClaw, or any client, at the gateway.", group=True),
     "agents": Entry("agents", "Add agents and their keys, and see what they do.", group=True),
     "mode": Entry("mode", "Show or set the mode of all agents that have none of their own."),

@@ -1,4 +1,4 @@
-"""``metaclaw gateway | worker | trainer | vllm``: one process each, in the foreground."""
+"""``metaclaw gateway | worker | trainer | vllm | console``: one process each, in the foreground."""
 
 from __future__ import annotations
 
@@ -73,4 +73,30 @@ def vllm(config: Config = None, port: Port = None) -> None:
 
     service = vllm_service(load_settings(find_config(config)), port)
     check_ports([service])  # vLLM would tell of it only after a minute
+    service.launch.replace_this_process()
+
+
+@app.command()
+def console(
+    config: Config = None,
+    port: Port = None,
+    key: Annotated[bool, typer.Option("--key", help="Print the key that opens it, and end.")] = False,
+) -> None:
+    """Run the console in the foreground: web pages that show what every agent learned, and let you steer it.
+
+    Open http://127.0.0.1:4020 and sign in with the key that --key prints, or choose MetaClaw in LiteLLM's admin UI.
+    """
+    from metaclaw_plugin.settings import find_config, load_settings
+    from metaclaw_plugin.supervisor.checks import check_ports
+    from metaclaw_plugin.supervisor.plan import console_service
+
+    path = find_config(config)
+    settings = load_settings(path)
+    if key:
+        from metaclaw_plugin.console.keys import console_key
+
+        typer.echo(console_key(settings))
+        return
+    service = console_service(settings, path, port)
+    check_ports([service])
     service.launch.replace_this_process()

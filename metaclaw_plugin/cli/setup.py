@@ -32,6 +32,9 @@ def setup(
     vllm_key: Annotated[str | None, typer.Option(help="server: vLLM's key, or os.environ/NAME.")] = None,
     agent: Annotated[list[str] | None, typer.Option(help="An agent to add; repeatable.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gateway.")] = 4000,
+    console_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the console; unset: the gateway's and 20.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Config file to write; unset: in METACLAW_HOME.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the options, else the defaults.")] = False,
     connect: Annotated[
@@ -53,6 +56,7 @@ def setup(
     if path.exists() and not force:
         raise ConfigError(f"{path} is there already; --force replaces it (the old one is kept beside it)")
     ask = _Questions(yes or as_json)
+    ports = (port, console_port or (port + 20 if port + 20 < 65536 else port - 20))
     given: dict[str, Any] = {
         "upstream": upstream,
         "upstream_key_variable": upstream_key_variable,
@@ -63,7 +67,7 @@ def setup(
         "vllm_url": vllm_url,
         "vllm_key": vllm_key,
     }
-    answers = _answers(ask, kind, given, home, port)
+    answers = _answers(ask, kind, given, home, ports)
     names = _agents(ask, agent)
     text = config_text(answers)
     settings = checked(text, str(path))
@@ -104,7 +108,7 @@ class _Questions:
         return answer
 
 
-def _answers(ask: _Questions, kind: str | None, given: dict[str, Any], home: Path, port: int) -> Answers:
+def _answers(ask: _Questions, kind: str | None, given: dict[str, Any], home: Path, ports: tuple[int, int]) -> Answers:
     from metaclaw_plugin.first_config import CPU_MODEL, GPU_MODEL, KINDS, Answers, key_variable
     from metaclaw_plugin.launch import has_nvidia_gpu
 
@@ -138,7 +142,7 @@ def _answers(ask: _Questions, kind: str | None, given: dict[str, Any], home: Pat
             if answer["trainer_key"] is None:
                 answer["trainer_key"] = ask.ask("Key of the trainer (or os.environ/NAME; empty: none)") or None
     settled = {name: value for name, value in answer.items() if value is not None}
-    return Answers(cast("Kind", kind), home, port, cpu=not gpu, **settled)
+    return Answers(cast("Kind", kind), home, *ports, cpu=not gpu, **settled)
 
 
 def _agents(ask: _Questions, given: list[str] | None) -> list[str]:

@@ -96,11 +96,13 @@ def _start_here(config: Path | None, only: list[str]) -> None:
 def _ready_text(settings: Settings, names: Collection[str]) -> str:
     from metaclaw_plugin.supervisor.plan import reachable
 
+    console = settings.console
+    pages = f" Console: http://{reachable(console.host)}:{console.port}." if "console" in names else ""
     if "gateway" not in names:
         return f"Ready: {', '.join(names)}. Ctrl-C or `metaclaw stop` ends it."
 
     url = f"http://{reachable(settings.gateway.host)}:{settings.gateway.port}"
-    return f"Ready. Gateway: {url}/v1 (OpenAI), {url} (Anthropic). Ctrl-C or `metaclaw stop` ends it."
+    return f"Ready. Gateway: {url}/v1 (OpenAI), {url} (Anthropic).{pages} Ctrl-C or `metaclaw stop` ends it."
 
 
 def _start_detached(config: Path | None, only: list[str]) -> None:

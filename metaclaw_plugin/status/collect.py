@@ -31,6 +31,17 @@ class ProcessStatus:
 
 
 @dataclass(frozen=True)
+class Running:
+    """The processes, and what the trainer said when it was asked."""
+
+    processes: tuple[ProcessStatus, ...]
+    trainer: TrainerView
+    supervised: bool  # by `metaclaw start`
+    worker_problem: str | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AgentStatus:
     """One agent: store and trainer put together."""
 
@@ -60,26 +71,36 @@ class Status:
 def collect(settings: Settings) -> Status:
     """Look at everything once. Nothing that is down makes it fail; what could not be read is in ``problems``."""
     problems: list[str] = []
-    supervisor = _supervisor(settings, problems)
-    answers = ask_all(_questions(settings))
     store = StoreView()
     try:
         store = read_store(settings.store_url)
     except StoreError as error:
         problems.append(str(error))
-    processes = _processes(settings, supervisor, answers, store.worker)
-    by_name = {process.name: process for process in processes}
-    trainer = _trainer_view(answers.get("trainer"))
-    worker = by_name["worker"]
-    worker_problem = None if worker.state in ("ready", "starting") else "does not run"
-    agents = tuple(_agent(agent, settings, trainer, worker_problem) for agent in store.agents)
+    running = look_at_processes(settings, store.worker)
+    agents = tuple(_agent(agent, settings, running.trainer, running.worker_problem) for agent in store.agents)
     return Status(
         home=str(settings.home),
-        running=supervisor is not None,
-        processes=processes,
+        running=running.supervised,
+        processes=running.processes,
         agents=agents,
         counters=store.counters,
-        problems=(*problems, *store.problems),
+        problems=(*running.problems, *problems, *store.problems),
+    )
+
+
+def look_at_processes(settings: Settings, worker: tuple[str, float] | None) -> Running:
+    """Ask every process once; ``worker`` is who was last at work, and when, by the store."""
+    problems: list[str] = []
+    supervisor = _supervisor(settings, problems)
+    answers = ask_all(_questions(settings))
+    processes = _processes(settings, supervisor, answers, worker)
+    at_work = next((found.state for found in processes if found.name == "worker"), "down") in ("ready", "starting")
+    return Running(
+        processes=processes,
+        trainer=_trainer_view(answers.get("trainer")),
+        supervised=supervisor is not None,
+        worker_problem=None if at_work else "does not run",
+        problems=tuple(problems),
     )
 
 
@@ -98,6 +119,8 @@ def _questions(settings: Settings) -> dict[str, Question]:
     if trains(settings):
         questions["trainer"] = Question(settings.rl.remote_url, "/v1/agents", settings.rl.remote_api_key)
         questions["vllm"] = Question(settings.vllm.url, "/health")
+    if (console := settings.console).enabled:
+        questions["console"] = Question(f"http://{reachable(console.host)}:{console.port}", "/healthz")
     return questions
 
 
@@ -107,7 +130,7 @@ def _processes(
     supervised = {service.name: service for service in supervisor.services} if supervisor else {}
     urls = {name: question.url for name, question in _questions(settings).items()}
     found = []
-    for name in ("vllm", "trainer", "gateway", "worker"):
+    for name in ("vllm", "trainer", "gateway", "worker", "console"):
         if name in supervised or name in answers:
             found.append(_process(name, supervised.get(name), answers.get(name), urls.get(name, "")))
     if "worker" not in supervised:

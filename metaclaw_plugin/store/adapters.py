@@ -136,8 +136,9 @@ def list_versions(
     *,
     states: Sequence[VersionState] | None = None,
     number: int | None = None,
+    since: int | None = None,
 ) -> list[VersionRecord]:
-    """Versions by agent and ascending number, of these states if any are given."""
+    """Versions by agent and ascending number, of these states if any are given, from number ``since`` on."""
     query = (
         sa.select(adapters, routes.c.version.label("route"), routes.c.canary)
         .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
@@ -147,6 +148,8 @@ def list_versions(
         query = query.where(adapters.c.agent == agent)
     if number is not None:
         query = query.where(adapters.c.number == number)
+    if since is not None:
+        query = query.where(adapters.c.number >= since)
     if states is not None:
         query = query.where(adapters.c.state.in_([state.value for state in states]))
     return [_record(row) for row in c.execute(query)]

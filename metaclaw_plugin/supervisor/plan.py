@@ -150,6 +150,24 @@ def worker_service(settings: Settings, config: Path | None) -> Service:
     return Service("worker", worker_launch(settings, config), ready_line="the worker runs")
 
 
+def console_launch(settings: Settings, config: Path | None, port: int | None = None) -> Launch:
+    if not installed("jinja2") or not installed("sqlalchemy"):
+        raise ConfigError("the console is not installed here: pip install 'metaclaw-plugin[gateway]'")
+    argv = (sys.executable, "-m", "metaclaw_plugin.console", *(("--port", str(port)) if port is not None else ()))
+    return Launch(argv, shared_env(settings, config))
+
+
+def console_service(settings: Settings, config: Path | None, port: int | None = None) -> Service:
+    return Service(
+        "console",
+        console_launch(settings, config, port),
+        host=settings.console.host,
+        port=port or settings.console.port,
+        ready_path="/healthz",
+        port_setting="metaclaw.console.port",
+    )
+
+
 def plan(settings: Settings, config: Path | None, only: Collection[str] = ()) -> list[Service]:
     """What `metaclaw start` runs, in order of starting; it is stopped in the opposite order.
 
@@ -165,6 +183,8 @@ def plan(settings: Settings, config: Path | None, only: Collection[str] = ()) ->
         makers["trainer"] = lambda: trainer_service(settings, config)
     makers["gateway"] = lambda: gateway_service(settings, config)
     makers["worker"] = lambda: worker_service(settings, config)
+    if settings.console.enabled:
+        makers["console"] = lambda: console_service(settings, config)
     for name in only:
         if name not in makers:
             raise ConfigError(f"--only {name}: with this configuration there are {', '.join(makers)}")

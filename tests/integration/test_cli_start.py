@@ -130,6 +130,11 @@ def test_from_setup_to_an_answer_to_stop(house: House, key: str) -> None:
     started = house.command("start", "--detach")
     assert started.returncode == 0, started.stderr
     assert f"http://127.0.0.1:{house.port}/v1" in started.stdout
+    console = f"http://127.0.0.1:{house.port + 20}"
+    assert f"Console: {console}." in started.stdout
+    secret = house.command("console", "--key").stdout.strip()
+    signed_in = httpx.post(f"{console}/sign-in", data={"key": secret}, trust_env=False)
+    assert (signed_in.status_code, signed_in.headers["location"]) == (303, "/")
 
     again = house.command("start")
     assert again.returncode == 1
@@ -145,6 +150,7 @@ def test_from_setup_to_an_answer_to_stop(house: House, key: str) -> None:
     assert {process["name"]: process["state"] for process in found["processes"]} == {
         "gateway": "ready",
         "worker": "ready",
+        "console": "ready",
     }
     assert [(agent["name"], agent["why"]) for agent in found["agents"]] == [
         ("plain", "mode skills_only: learns skills, not weights")

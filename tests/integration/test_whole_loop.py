@@ -62,6 +62,7 @@ def write_config(folder: Path, vllm: VllmProcess) -> tuple[Path, str]:
         "home": str(folder / "home"),
         "base_model": str(vllm.model),
         "gateway": {"port": gateway},
+        "console": {"port": pick_free_port()},
         "sessions": {"held_out_one_in": 0},
         "publish": {"policy": "always"},
         "skills": {"starter": False},

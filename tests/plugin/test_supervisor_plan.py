@@ -9,7 +9,7 @@ import pytest
 from metaclaw_hooks.types import Mode
 
 from metaclaw_plugin.errors import ConfigError
-from metaclaw_plugin.settings import GatewaySettings, RlSettings, Settings, VllmSettings
+from metaclaw_plugin.settings import ConsoleSettings, GatewaySettings, RlSettings, Settings, VllmSettings
 from metaclaw_plugin.supervisor.plan import plan, reachable, trainer_launch, trainer_port
 
 
@@ -30,18 +30,20 @@ def names(settings: Settings) -> list[str]:
 
 
 def test_each_configuration_starts_what_it_needs(model: str) -> None:
-    assert names(Settings(base_model=model)) == ["vllm", "trainer", "gateway", "worker"]
-    assert names(Settings(base_model=model, mode=Mode.AUTO)) == ["vllm", "trainer", "gateway", "worker"]
-    assert names(Settings(base_model=model, vllm=VllmSettings(managed=False))) == ["trainer", "gateway", "worker"]
-    assert names(Settings(mode=Mode.SKILLS_ONLY)) == ["gateway", "worker"]
-    assert names(Settings(rl=RlSettings(enabled=False))) == ["gateway", "worker"]
-    assert names(Settings(rl=RlSettings(backend="remote", remote_url="http://gpu:4010"))) == ["gateway", "worker"]
+    assert names(Settings(base_model=model)) == ["vllm", "trainer", "gateway", "worker", "console"]
+    assert names(Settings(base_model=model, mode=Mode.AUTO)) == ["vllm", "trainer", "gateway", "worker", "console"]
+    unmanaged = Settings(base_model=model, vllm=VllmSettings(managed=False))
+    assert names(unmanaged) == ["trainer", "gateway", "worker", "console"]
+    assert names(Settings(mode=Mode.SKILLS_ONLY)) == ["gateway", "worker", "console"]
+    assert names(Settings(rl=RlSettings(enabled=False))) == ["gateway", "worker", "console"]
+    remote = RlSettings(backend="remote", remote_url="http://gpu:4010")
+    assert names(Settings(rl=remote, console=ConsoleSettings(enabled=False))) == ["gateway", "worker"]
 
 
 def test_a_part_can_be_started_alone_as_on_a_gpu_server(model: str) -> None:
     settings = Settings(base_model=model)
     assert [service.name for service in plan(settings, CONFIG, ["trainer", "vllm"])] == ["vllm", "trainer"]
-    with pytest.raises(ConfigError, match="--only vllm: with this configuration there are gateway, worker"):
+    with pytest.raises(ConfigError, match="--only vllm: with this configuration there are gateway, worker, console"):
         plan(Settings(mode=Mode.SKILLS_ONLY), CONFIG, ["vllm"])
 
 
@@ -58,6 +60,7 @@ def test_ports_and_addresses_are_those_of_the_settings(model: str) -> None:
         gateway=GatewaySettings(host="0.0.0.0", port=4444),
         vllm=VllmSettings(url="http://127.0.0.1:8888"),
         rl=RlSettings(remote_url="http://127.0.0.1:4111"),
+        console=ConsoleSettings(port=4222),
     )
     services = {service.name: service for service in plan(settings, CONFIG)}
     assert {name: service.port for name, service in services.items()} == {
@@ -65,6 +68,7 @@ def test_ports_and_addresses_are_those_of_the_settings(model: str) -> None:
         "trainer": 4111,
         "gateway": 4444,
         "worker": None,
+        "console": 4222,
     }
     assert services["gateway"].url == "http://127.0.0.1:4444"
     assert "4111" in services["trainer"].launch.argv
