@@ -32,10 +32,12 @@ app = typer.Typer(
 def list_(agent: OfAgent = None, as_json: AsJson = False, config: Config = None) -> None:
     """List skills, how often each was used, and whether it helps.
 
-    With --agent: all that this agent can use; its own skills hide shared ones of the same name. The uplift is the mean
-    reward of sessions with the skill, less that of sessions that went without it on purpose, with its 95 % interval.
+    With --agent: all that this agent can use, its own first; these hide shared ones of the same name. The uplift is the
+    mean reward of sessions with the skill, less that of sessions that went without it on purpose, with its 95 %
+    interval.
     """
     from metaclaw_plugin.skills.library import Library
+    from metaclaw_plugin.skills.skill_file import SHARED
 
     settings, engine = open_home(config)
     library = Library(settings.skills_path)
@@ -44,7 +46,8 @@ def list_(agent: OfAgent = None, as_json: AsJson = False, config: Config = None)
     for owner in owners:
         ledger = ledger_of(engine, owner)
         skills = library.view(owner).skills if agent else library.skills_of(owner)
-        rows += [figures_of(skill, ledger.get(skill.name)) for _, skill in sorted(skills.items())]
+        own_first = sorted(skills.values(), key=lambda skill: (skill.owner == SHARED, skill.name))
+        rows += [figures_of(skill, ledger.get(skill.name)) for skill in own_first]
     problems = [found for found in problems_of(library) if agent is None or found["owner"] in (agent, "_shared")]
     if as_json:
         typer.echo(json.dumps({"skills": rows, "problems": problems}, indent=2))

@@ -53,6 +53,9 @@ def test_the_starter_set_is_there_from_the_first_command_on(home: Path) -> None:
 
 def test_add_show_edit_and_remove(home: Path) -> None:
     run("add", "be-brief", "-a", "alpha", "-d", "Use when asked for a summary.", "-b", "-", given="Five lines.\n")
+    listed = [row["name"] for row in as_json("list", "-a", "alpha")["skills"]]
+    assert listed[0] == "be-brief", "an agent's own skills come first"
+    assert len(listed) > 40
     shown = as_json("show", "be-brief", "-a", "alpha")
     assert (shown["body"], shown["owner"], shown["uses"]) == ("Five lines.", "alpha", 0)
     run("edit", "be-brief", "-a", "alpha", "-b", "Four lines.", "--triggers", "tl;dr")
