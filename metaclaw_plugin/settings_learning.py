@@ -80,6 +80,7 @@ class HookSettings(Section):
 
     path: Path | None = Field(None, description="Folder of plain .py plugin files; unset: hooks/ in METACLAW_HOME.")
     timeout: float = Field(30.0, gt=0, description="Seconds after which one hook call counts as no opinion.")
+    request_timeout: float = Field(2.0, gt=0, description="The same in the gateway, where a request waits.")
 
 
 class WorkerSettings(Section):

@@ -29,7 +29,7 @@ def create_gateway(settings: Settings, engine: Engine) -> Gateway:
     """Put a gateway together."""
     library, retriever = open_skills(settings)
     retriever.select("", [_FIRST_WORDS])  # builds its index now, or the first request would wait for that
-    plugins = create_plugin_manager(settings.hooks_path, settings.hooks.timeout, wanted=HOOKS)
+    plugins = create_plugin_manager(settings.hooks_path, settings.hooks.request_timeout, wanted=HOOKS)
     FolderWatch(plugins, report=lambda fresh: _count(engine, fresh)).start()
     return Gateway(
         settings=settings,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from metaclaw_plugin.gateway.limits import too_many
 from metaclaw_plugin.gateway.request import Gateway
 from metaclaw_plugin.gateway.runtime import create_gateway
 from metaclaw_plugin.settings import Settings, parse_settings
+from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.store.agents import add_agent, set_mode, set_record
 from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.engine import open_store
@@ -58,6 +60,44 @@ def gateway(settings: Settings, engine: Engine) -> Iterator[Gateway]:
 def request(**headers: str) -> tuple[CurrentRequest, dict[str, Any]]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return CurrentRequest("chat", named), {"model": "openclaw", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.law(5)
+async def test_a_hook_that_hangs_lets_the_request_go_on_after_a_moment(engine: Engine, settings: Settings) -> None:
+    settings.hooks_path.mkdir()
+    (settings.hooks_path / "slow.py").write_text(
+        "import time\ndef select_skills(agent, messages, library): time.sleep(60)\n"
+    )
+    assert settings.hooks.request_timeout == 2.0
+    impatient = settings.model_copy(update={"hooks": settings.hooks.model_copy(update={"request_timeout": 0.1})})
+    gateway = create_gateway(impatient, engine)
+    current, data = request()
+    started = time.monotonic()
+    await gateway.prepare(current, KEY, data, listed=False)
+    assert time.monotonic() - started < 10, "not a minute"
+    assert current.plan is not None
+    assert gateway.close(10)
+
+
+@pytest.mark.parametrize("embeds", [False, True], ids=["words", "vectors"])
+async def test_skills_are_never_selected_on_the_event_loop(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch, embeds: bool
+) -> None:
+    selected_on: list[threading.Thread] = []
+    select = Retriever.select
+
+    def noted(self: Retriever, *args: Any) -> Any:
+        selected_on.append(threading.current_thread())
+        return select(self, *args)
+
+    gateway = create_gateway(settings, engine)
+    monkeypatch.setattr(Retriever, "select", noted)
+    monkeypatch.setattr(Retriever, "takes_long", embeds)  # an embedder is asked before the store's transaction
+    current, data = request()
+    await gateway.prepare(current, KEY, data, listed=False)
+    assert len(selected_on) == 1
+    assert selected_on[0] is not threading.current_thread()
+    assert gateway.close(10)
 
 
 async def test_a_hook_that_is_dropped_in_while_the_gateway_runs_is_picked_up_and_counted(
