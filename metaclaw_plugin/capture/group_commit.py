@@ -1,7 +1,8 @@
 """One thread that does all of a gateway process's writing, many requests to a transaction.
 
 A job is a function of an open connection. Jobs that wait together are run and committed together, each inside a
-savepoint of its own, so that one that fails takes no other with it. A future is fulfilled only after the commit.
+savepoint of its own, so that one that fails takes no other with it; a job alone fails with its transaction. A future is
+fulfilled only after the commit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -87,7 +89,9 @@ class GroupCommit:
         try:
             with self._engine.begin() as c:
                 for job in group:
-                    _run(c, job)
+                    _run(c, job, alone=len(group) == 1)
+        except _FailedAloneError:
+            pass  # rolled back, and told to whoever waits below
         except Exception as error:  # noqa: BLE001 - isolation boundary: the thread must outlive any failure of the store
             logger.warning("a transaction of %d jobs failed: %s", len(group), type(error).__name__)
             for job in group:
@@ -114,9 +118,13 @@ def _prepared(job: _Job) -> bool:
     return True
 
 
-def _run(c: sa.Connection, job: _Job) -> None:
+class _FailedAloneError(Exception):
+    """The only job of a group failed, so that its transaction is rolled back instead of a savepoint."""
+
+
+def _run(c: sa.Connection, job: _Job, alone: bool) -> None:
     try:
-        with c.begin_nested():
+        with nullcontext() if alone else c.begin_nested():
             job.result = job.run(c)
     except (OperationalError, InterfaceError):
         raise  # the store itself is in trouble: no job of this group is safe
@@ -125,3 +133,5 @@ def _run(c: sa.Connection, job: _Job) -> None:
         job.error.__cause__ = error
     except Exception as error:  # noqa: BLE001 - isolation boundary: told to whoever submitted the job, not to the others
         job.error = error
+    if alone and job.error is not None:
+        raise _FailedAloneError

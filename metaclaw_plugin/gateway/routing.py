@@ -40,6 +40,15 @@ BASE_MODEL_NAME = "metaclaw-base"  # the name under which vLLM serves the base m
 
 HEARTBEAT = 1.0  # seconds between two writes of a process's counts
 
+# Built once: to build a statement costs more than to run it, and these are run for every request.
+_SERVING = (
+    sa.select(adapters.c.number, routes)
+    .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
+    .where(adapters.c.agent == sa.bindparam("of"), adapters.c.state == VersionState.SERVING.value)
+    .with_for_update(read=True, of=adapters)
+)
+_PIN = sessions.update().where(sessions.c.id == sa.bindparam("of")).values(adapter_version=sa.bindparam("to"))
+
 
 class RoutedTurn(Protocol):
     """What routing needs to know of a turn."""
@@ -75,13 +84,7 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     agent's route, or its canary; when the version on the route is gone, the newest that serves, else the base model.
     Call ``InFlight.begin`` in the same transaction, one of ``engine.begin()``.
     """
-    query = (
-        sa.select(adapters.c.number, routes)
-        .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
-        .where(adapters.c.agent == agent, adapters.c.state == VersionState.SERVING.value)
-        .with_for_update(read=True, of=adapters)
-    )
-    rows = c.execute(query).all()
+    rows = c.execute(_SERVING, {"of": agent}).all()
     held = {row.number for row in rows} | {BASE_VERSION}
     routed = rows[0].version if rows and rows[0].version is not None else BASE_VERSION
     main = turn.kind is Kind.MAIN
@@ -93,7 +96,7 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     if version not in held:
         version = routed if routed in held else max(held)
     if main and turn.adapter_version != version:
-        c.execute(sessions.update().where(sessions.c.id == turn.session).values(adapter_version=version))
+        c.execute(_PIN, {"of": turn.session, "to": version})
     return Route(upstream_model(agent, version), version, left=None if version == wanted else wanted)
 
 
@@ -107,7 +110,7 @@ def _is_tried(c: sa.Connection, session: str, route: sa.Row[Any]) -> bool:
 
 def end_exchange(c: sa.Connection, session: str) -> None:
     """Free the session's pin: its exchange ended with an answer that asks for no tool, so no loop can go on."""
-    c.execute(sessions.update().where(sessions.c.id == session).values(adapter_version=None))
+    c.execute(_PIN, {"of": session, "to": None})
 
 
 @dataclass(slots=True)

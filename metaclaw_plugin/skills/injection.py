@@ -59,6 +59,13 @@ class _Block:
     skills: tuple[SkillRef, ...]
 
 
+_OF_SESSION = (
+    sa.select(injections.c.anchor, injections.c.block, injections.c.skills)
+    .where(injections.c.session == sa.bindparam("session"))
+    .order_by(injections.c.at, injections.c.anchor)
+)
+
+
 def plan_injection(
     c: sa.Connection,
     agent: Agent,
@@ -156,8 +163,7 @@ def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skil
 
 
 def _load(c: sa.Connection, session: str) -> list[_Block]:
-    t = injections.c
-    rows = c.execute(sa.select(t.anchor, t.block, t.skills).where(t.session == session).order_by(t.at, t.anchor))
+    rows = c.execute(_OF_SESSION, {"session": session})
     return [_Block(row.anchor, row.block, tuple(SkillRef(*entry) for entry in row.skills)) for row in rows]
 
 

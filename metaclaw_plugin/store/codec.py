@@ -1,7 +1,7 @@
 """A trace as a row of the table ``traces`` and back, exact to the bit.
 
 Messages, tools, response and the like go into one compressed JSON body; token ids and log-probabilities into binary
-columns, so that a long prompt costs four bytes a token and no rounding happens.
+columns, so that a long prompt costs about a byte a token and no rounding happens.
 """
 
 from __future__ import annotations
@@ -114,13 +114,33 @@ def decode_trace(row: Mapping[Any, Any]) -> Trace:
 
 
 def encode_ids(ids: Sequence[int] | None) -> bytes | None:
-    """Token ids as little-endian uint32; ``None`` stays ``None``."""
-    return None if ids is None else _bytes(array("I", ids))
+    """Token ids as little-endian uint32: all lowest bytes, then all second ones and so on, compressed by zlib.
+
+    The upper bytes are nearly all alike, so that this takes about a quarter of the room. ``None`` stays ``None``.
+    """
+    if ids is None:
+        return None
+    plain = _bytes(array("I", ids))
+    return zlib.compress(b"".join(plain[place::4] for place in range(4)), _FAST)
 
 
 def decode_ids(data: bytes | None) -> tuple[int, ...] | None:
-    """The inverse of ``encode_ids``."""
-    return None if data is None else tuple(_array("I", data))
+    """The inverse of ``encode_ids``.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if data is None:
+        return None
+    try:
+        planes = zlib.decompress(data)
+    except zlib.error as error:
+        raise ValueError(f"token ids that cannot be read: {error}") from error
+    count = len(planes) // 4
+    plain = bytearray(len(planes))
+    for place in range(4):
+        plain[place::4] = planes[place * count : (place + 1) * count]
+    return tuple(_array("I", bytes(plain)))
 
 
 def encode_logprobs(logprobs: Sequence[float] | None) -> bytes | None:

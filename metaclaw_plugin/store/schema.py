@@ -130,8 +130,8 @@ traces = sa.Table(
     sa.Column(
         "body", sa.LargeBinary, nullable=False
     ),  # zlib of JSON: messages, tools, response, sampling, skills, template hash
-    sa.Column("prompt_token_ids", sa.LargeBinary),  # little-endian uint32
-    sa.Column("response_token_ids", sa.LargeBinary),  # little-endian uint32
+    sa.Column("prompt_token_ids", sa.LargeBinary),  # codec.encode_ids
+    sa.Column("response_token_ids", sa.LargeBinary),  # codec.encode_ids
     sa.Column("response_logprobs", sa.LargeBinary),  # little-endian float64
     # Worker's columns.
     sa.Column("score", sa.String(16), nullable=False, server_default="waiting"),

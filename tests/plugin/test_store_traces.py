@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import zlib
 
 import pytest
 import sqlalchemy as sa
@@ -67,12 +68,19 @@ def test_messages_of_any_json_come_back(message: dict[str, object]) -> None:
     assert decode_trace(row) == trace
 
 
-def test_token_layout_is_little_endian_and_four_or_eight_bytes() -> None:
-    assert encode_ids([1, 256]) == b"\x01\x00\x00\x00\x00\x01\x00\x00"
+def test_token_layout_is_little_endian_by_place_and_log_probabilities_whole() -> None:
+    assert zlib.decompress(encode_ids([1, 256]) or b"") == b"\x01\x00\x00\x01\x00\x00\x00\x00"
     assert encode_logprobs([-2.0]) == b"\x00\x00\x00\x00\x00\x00\x00\xc0"
     assert encode_ids(None) is None
     assert decode_logprobs(None) is None
-    assert decode_ids(b"") == ()
+    assert decode_ids(encode_ids([])) == ()
+    with pytest.raises(ValueError, match="cannot be read"):
+        decode_ids(b"\x01\x00\x00\x00")
+
+
+def test_a_long_prompt_costs_about_a_byte_a_token() -> None:
+    words = [zlib.crc32(str(place % 5000).encode()) % 49_000 for place in range(20_000)]  # as many as OpenClaw's
+    assert len(encode_ids(words) or b"") < 2 * len(words)
 
 
 @pytest.mark.parametrize(
