@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +134,22 @@ def test_recalled_traces_are_gone(trainer: TrainerServer, agent: str) -> None:
     reply = trainer.http.post("/v1/samples/recall", json={"trace_ids": [trace]}).json()
     assert reply == {"removed": [given[0]["id"]], "trained_into": []}
     assert trainer.http.get(f"/v1/agents/{agent}").json()["queued"] == 1
+
+
+def test_a_caller_that_is_killed_while_sending_leaves_one_line(
+    trainer: TrainerServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = httpx.URL(trainer.url)
+    with caplog.at_level(logging.INFO), socket.create_connection((url.host, url.port)) as connection:
+        head = f"POST /v1/samples HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b'{"samples": [')
+        time.sleep(0.2)
+        connection.close()
+        deadline = time.monotonic() + 10
+        while "went away" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "Traceback" not in caplog.text
 
 
 def test_rewards_of_queued_traces_can_be_changed(trainer: TrainerServer, agent: str) -> None:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from metaclaw_hooks.errors import HooksError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from metaclaw_trainer import errors
 
@@ -78,6 +79,11 @@ def install(app: FastAPI) -> None:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return error_response(500, "the trainer failed on this request; its log says why", "internal_error")
 
+    async def gone(request: Request, _error: Exception) -> JSONResponse:
+        log.info("%s %s: the caller went away before all was sent", request.method, request.url.path)
+        return error_response(400, "the request was not sent whole", "incomplete")
+
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(errors.TrainerError, ours)
     app.add_exception_handler(HooksError, ours)
     app.add_exception_handler(HTTPException, http)
