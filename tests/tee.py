@@ -52,12 +52,16 @@ class Exchange:
     def unasked(self, keep_logprobs: bool) -> list[bytes]:
         """What vLLM says when nobody asks for token ids (and log-probabilities), as its recorded replies show."""
         if not self.content_type.startswith("text/event-stream"):
-            return [json.dumps(_bare(json.loads(b"".join(self.pieces)), keep_logprobs)).encode()]
+            return [_dump(_bare(json.loads(b"".join(self.pieces)), keep_logprobs))]
         events = [event for event in b"".join(self.pieces).split(b"\n\n") if event]
         bare = [_bare(json.loads(event[6:]), keep_logprobs) for event in events if event.startswith(b"data: {")]
         kept = [body for body in bare if not _empty(body)]
         ends = [event for event in events if not event.startswith(b"data: {")]
-        return [b"data: " + json.dumps(body).encode() + b"\n\n" for body in kept] + [end + b"\n\n" for end in ends]
+        return [b"data: " + _dump(body) + b"\n\n" for body in kept] + [end + b"\n\n" for end in ends]
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()  # as vLLM writes it
 
 
 def _bare(body: dict[str, Any], keep_logprobs: bool) -> dict[str, Any]:

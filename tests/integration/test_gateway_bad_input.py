@@ -27,6 +27,10 @@ def small(
         "model_name": "cloud",
         "litellm_params": {"model": "openai/gpt-x", "api_base": f"{replay.url}/v1", "api_key": "owner-key"},
     }
+    claude = {
+        "model_name": "claude",
+        "litellm_params": {"model": "anthropic/claude-x", "api_base": replay.url, "api_key": "owner-key"},
+    }
     limits = {
         "max_body_bytes": MAX_BODY,
         "max_messages": 50,
@@ -34,7 +38,7 @@ def small(
         "upstream_key_header": "x-upstream-key",
     }
     folder = tmp_path_factory.mktemp("small")
-    with running_gateway(folder, replay.url, free_port(), gateway=limits, deployments=[cloud]) as server:
+    with running_gateway(folder, replay.url, free_port(), gateway=limits, deployments=[cloud, claude]) as server:
         yield server
 
 
@@ -162,6 +166,54 @@ def native_responses(stream: bool) -> Script:
         {"type": "response.completed", "sequence_number": 2, "response": whole},
     ]
     return Script.stream(*(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode() for e in events))
+
+
+def native_messages(stream: bool) -> Script:
+    """What Anthropic answers: a thought, words and a tool call."""
+    said: list[dict[str, Any]] = [
+        {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"},
+        {"type": "text", "text": "I look."},
+        {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "home"}},
+    ]
+    head = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x"}
+    usage = {"input_tokens": 3, "output_tokens": 5}
+    if not stream:
+        stop = {"stop_reason": "tool_use", "stop_sequence": None, "usage": usage}
+        body = json.dumps(head | {"content": said} | stop).encode()
+        return Script([body], [body])
+    empty = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": head | empty}]
+    begun = [said[0] | {"thinking": "", "signature": ""}, {"type": "text", "text": ""}, said[2] | {"input": {}}]
+    deltas = [
+        {"type": "thinking_delta", "thinking": "Hm."},
+        {"type": "text_delta", "text": "I look."},
+        {"type": "input_json_delta", "partial_json": '{"at": "home"}'},
+    ]
+    for place, (block, delta) in enumerate(zip(begun, deltas, strict=True)):
+        events.append({"type": "content_block_start", "index": place, "content_block": block})
+        events.append({"type": "content_block_delta", "index": place, "delta": delta})
+        events.append({"type": "content_block_stop", "index": place})
+    events.append(
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None}, "usage": usage}
+    )
+    events.append({"type": "message_stop"})
+    return Script.stream(*(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode() for e in events))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_anthropic_itself_is_kept_with_what_it_said_thought_and_called(
+    small: GatewayServer, replay: ReplayUpstream, stream: bool
+) -> None:
+    small.new_traces()
+    replay.scripts["claude"] = native_messages(stream)
+    response = ask(small.url, small.key, "messages", request_of("messages", "claude", stream, model="claude"))
+    assert response.status_code == 200, response.text
+    (trace,) = small.new_traces()
+    assert (trace.model, trace.finish_reason, trace.trainable) == ("claude", "tool_calls", False)
+    assert (trace.response["content"], trace.response["reasoning"]) == ("I look.", "Hm.")
+    (call,) = trace.response["tool_calls"]
+    assert (call["id"], call["function"]["name"]) == ("toolu_1", "look")
+    assert json.loads(call["function"]["arguments"]) == {"at": "home"}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
