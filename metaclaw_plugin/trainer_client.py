@@ -72,9 +72,9 @@ class TrainerClient:
     async def set_agent(self, agent: str, training: AgentTraining) -> AgentStatus:
         return await self._ask(AgentStatus, "PUT", f"/v1/agents/{slug(agent)}", training)
 
-    async def versions(self, after: int = 0) -> list[VersionBody]:
-        """New versions past the cursor ``after``, ascending."""
-        return (await self._ask(VersionsReply, "GET", f"/v1/versions?after={int(after)}")).versions
+    async def versions(self, after: int = 0, wait: float = 0.0) -> list[VersionBody]:
+        """New versions past the cursor ``after``, ascending; while there is none, the answer takes ``wait`` seconds."""
+        return (await self._ask(VersionsReply, "GET", f"/v1/versions?after={int(after)}&wait={wait:g}")).versions
 
     async def set_served(self, versions: Sequence[str]) -> ServedReply:
         """The whole set of versions, as ``agent@vN``, that vLLM shall hold."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metaclaw_hooks.types import AdapterVersion
 from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
+from metaclaw_trainer.proof import Proof, Prover, read_proof
 from metaclaw_trainer.reconcile import Reconciler
 from metaclaw_trainer.store import open_store as open_trainer_store
 from metaclaw_trainer.versions import StoredVersions
@@ -21,11 +22,14 @@ class LocalTrainer:
     """Answers as the trainer's routes do, from its real list of versions and its real reconciler."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        self.versions_ = StoredVersions(open_trainer_store(f"sqlite:///{folder / 'queue.db'}"), "test")
-        self.reconciler = Reconciler([VllmClient(url)], self.versions_.served, folder)
+        store = open_trainer_store(f"sqlite:///{folder / 'queue.db'}")
+        self.versions_ = StoredVersions(store, "test")
+        prover = Prover(lambda name: read_proof(store, name), 0.3)
+        self.reconciler = Reconciler([VllmClient(url)], self.versions_.served, folder, prover=prover)
         self.heads: list[tuple[str, int]] = []
 
-    async def versions(self, after: int) -> list[VersionBody]:
+    async def versions(self, after: int, wait: float = 0.0) -> list[VersionBody]:
+        assert wait == 0.0, "nothing here waits"
         return self.versions_.after(after)
 
     async def set_served(self, versions: Sequence[str]) -> ServedReply:
@@ -41,7 +45,7 @@ class LocalTrainer:
         self.heads.append((agent, version))
         self.versions_.put_head(agent, version)
 
-    def commit(self, agent: str, telltale: Telltale) -> None:
+    def commit(self, agent: str, telltale: Telltale, proof: Proof | None = None) -> None:
         head = self.versions_.head(agent)
         version = AdapterVersion(
             agent=agent,
@@ -56,4 +60,4 @@ class LocalTrainer:
             path=str(telltale.path),
             created_at=time.time(),
         )
-        assert self.versions_.commit(version, [], head.generation)
+        assert self.versions_.commit(version, [], head.generation, proof)

@@ -99,7 +99,8 @@ class Forwarder:
             work = set(store.agents_with_work(c))
             if not work:
                 return []
-            learn = [a.name for a in list_agents(c) if a.effective_mode(self._ctx.settings.mode) in (Mode.RL, Mode.AUTO)]
+            default = self._ctx.settings.mode
+            learn = [a.name for a in list_agents(c) if a.effective_mode(default) in (Mode.RL, Mode.AUTO)]
         return [name for name in learn if name in work]
 
     def _lease(self, agent: str) -> str:

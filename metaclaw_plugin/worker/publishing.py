@@ -32,11 +32,13 @@ from metaclaw_plugin.worker.verdicts import Decision
 
 logger = logging.getLogger(__name__)
 
+MAX_WAIT = 30.0  # seconds that one question for news may take; the trainer allows 60
+
 
 class VersionTrainer(Protocol):
     """The part of the trainer's client that publishing needs."""
 
-    async def versions(self, after: int) -> list[VersionBody]: ...
+    async def versions(self, after: int, wait: float = 0.0) -> list[VersionBody]: ...
     async def set_served(self, versions: Sequence[str]) -> ServedReply: ...
     async def set_head(self, agent: str, version: int) -> None: ...
 
@@ -78,6 +80,14 @@ class Publisher:
             await asyncio.to_thread(self._drain)
             await self._reconcile()
         await asyncio.to_thread(self._note_problems, self._gate.problems | self._failed)
+
+    async def wait_for_news(self, seconds: float) -> None:
+        """Return as soon as the trainer has a version that was not read yet, and else after ``seconds``.
+
+        Raises:
+            TrainerUnavailableError: if it does not answer.
+        """
+        await self._ctx.trainer.versions(self._cursor, min(seconds, MAX_WAIT))
 
     async def _read_new(self) -> None:
         while bodies := await self._ctx.trainer.versions(self._cursor):

@@ -45,11 +45,12 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
         Round("skills", SkillKeeper(ctx).round, poll),
     ]
     if ctx.settings.rl.enabled:
+        publisher = Publisher(ctx)
         tasks += [
             Round("forwarding", Forwarder(ctx).round, poll),
             Round("corrections", _quietly(lambda: correction_round(ctx)), max(poll, 2.0)),
             Round("tracking", _quietly(Tracker(ctx).round), max(poll, 2.0)),
-            Round("publishing", _quietly(Publisher(ctx).round), poll),
+            Round("publishing", lambda: _publish(publisher, poll), 0.0),
             Round("recalls", lambda: recall_round(ctx), UPKEEP),
             Round("modes", _quietly(Modes(ctx).round), max(poll, 2.0)),
         ]
@@ -64,6 +65,13 @@ def _quietly(do: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[bool
         return False
 
     return once
+
+
+async def _publish(publisher: Publisher, poll: float) -> bool:
+    """One round, and the pause after it, which a new version ends."""
+    await publisher.round()
+    await publisher.wait_for_news(poll)
+    return False
 
 
 async def _close_sessions(ctx: WorkerContext) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +50,12 @@ class Trainer:
         if self.calls == self.kill_at:
             raise Killed
 
-    async def versions(self, after: int) -> list[VersionBody]:
+    async def versions(self, after: int, wait: float = 0.0) -> list[VersionBody]:
         self._call()
-        return [body for body in self.made if body.cursor > after][:2]
+        deadline = time.monotonic() + wait
+        while not (new := [body for body in self.made if body.cursor > after][:2]) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return new
 
     async def set_served(self, versions: Sequence[str]) -> ServedReply:
         self._call()
@@ -180,6 +184,22 @@ async def test_law_5_publishing_waits_for_requests_and_no_request_waits_for_it(c
     flights.flush()
     await publisher.round()
     assert ctx.trainer.held == ["ada@v2"]
+
+
+async def test_a_new_version_ends_the_pause_between_two_rounds(ctx: Context) -> None:
+    publisher = Publisher(ctx)
+    ctx.trainer.make(1)
+    await publisher.round()
+    started = time.monotonic()
+    await publisher.wait_for_news(0.05)  # nothing comes: the whole pause
+    assert time.monotonic() - started >= 0.05
+    pause = asyncio.create_task(publisher.wait_for_news(20.0))
+    await asyncio.sleep(0.02)
+    ctx.trainer.make(2)
+    await asyncio.wait_for(pause, 5)
+    await publisher.round()
+    with ctx.engine.connect() as c:
+        assert store.get_route(c, "ada").version == 2
 
 
 async def test_when_several_versions_wait_only_the_newest_is_loaded(ctx: Context) -> None:
