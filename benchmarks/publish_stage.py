@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,11 @@ class Stage:
         return self.home / "trainer"
 
 
-def set_stage(folder: Path, model: Path, agents: int) -> Stage:
-    """Write the configuration, and add the agents with a key each."""
+def set_stage(folder: Path, model: Path, agents: int, kv_blocks: int | None = None) -> Stage:
+    """Write the configuration, and add the agents with a key each.
+
+    ``kv_blocks``: of vLLM's cache; a small one is soon used whole, and then vLLM's memory says what else grows.
+    """
     gateway, trainer, vllm = free_ports(3)
     home = folder / "home"
     config = yaml.safe_load((ROOT / "litellm_config.yaml").read_text(encoding="utf-8"))
@@ -49,7 +53,14 @@ def set_stage(folder: Path, model: Path, agents: int) -> Stage:
         "gateway": {"port": gateway},
         "publish": {"policy": "always"},
         "skills": {"starter": False},
-        "vllm": {"url": f"http://127.0.0.1:{vllm}", "dtype": "float32", "max_model_len": 1024, "cpu_cores": "0-1"},
+        "console": {"enabled": False},
+        "vllm": {
+            "url": f"http://127.0.0.1:{vllm}",
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "cpu_cores": "0-1",
+            "extra_args": [] if kv_blocks is None else ["--num-gpu-blocks-override", str(kv_blocks)],
+        },
         "rl": {"remote_url": f"http://127.0.0.1:{trainer}"},
         "trainer": {"dtype": "float32"},
     }
@@ -70,8 +81,8 @@ def set_stage(folder: Path, model: Path, agents: int) -> Stage:
 
 
 @contextmanager
-def running(stage: Stage) -> Iterator[None]:
-    """``metaclaw start`` until the block ends."""
+def running(stage: Stage, logs: Path | None = None) -> Iterator[None]:
+    """``metaclaw start`` until the block ends; its logs are copied to ``logs``."""
     command = [sys.executable, "-m", "metaclaw_plugin.cli.main", "start", "--config", str(stage.config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -83,8 +94,10 @@ def running(stage: Stage) -> Iterator[None]:
             raise SystemExit(f"metaclaw start ended with {process.wait()}; its logs are in {stage.home / 'logs'}")
         yield
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         process.wait(60)
+        if logs is not None:
+            shutil.copytree(stage.home / "logs", logs, dirs_exist_ok=True)
 
 
 def memory(stage: Stage) -> dict[str, float]:

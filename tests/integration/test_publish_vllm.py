@@ -15,6 +15,7 @@ from metaclaw_hooks.plugins import Plugins, create_plugin_manager
 from metaclaw_hooks.types import Agent, Kind, Mode, Sampling, Trace
 from sqlalchemy.engine import Engine
 
+from benchmarks.publish_versions import Scorer
 from benchmarks.telltale import TelltaleMaker
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest, Plan
 from metaclaw_plugin.gateway.healing import HealingTransport
@@ -189,6 +190,23 @@ async def test_a_damaged_adapter_never_serves_and_the_reason_is_shown(always: St
     with always.engine.connect() as c:
         assert store.get_route(c, always.agent).version == 1
         assert store.get_version(c, always.agent, 2).problem
+    assert good.speaks(await say(always, f"{always.agent}@v1"))
+
+
+async def test_what_vllm_scores_otherwise_than_the_trainer_never_serves(always: Stage) -> None:
+    """The trainer's side is transformers and two products a layer: neither its code nor vLLM's is trusted here."""
+    publisher, scorer = Publisher(always), Scorer(always.maker.model)
+    good, other = always.maker.make("v1"), always.maker.make("v2")
+    always.trainer.commit(always.agent, good, scorer.proof("s1", good.path))
+    await publisher.round()
+    with always.engine.connect() as c:
+        assert store.get_route(c, always.agent).version == 1
+    always.trainer.commit(always.agent, other, scorer.proof("s2", good.path))  # as if other weights had been written
+    await rounds(publisher, 2)
+    with always.engine.connect() as c:
+        assert store.get_route(c, always.agent).version == 1
+        assert f"disagree about {always.agent}@v2" in str(store.get_version(c, always.agent, 2).problem)
+    assert await loaded(always) == {f"{always.agent}@v1"}
     assert good.speaks(await say(always, f"{always.agent}@v1"))
 
 
