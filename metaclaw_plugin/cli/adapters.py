@@ -149,8 +149,8 @@ def export(
     """Write a version as a plain PEFT folder, which `PeftModel.from_pretrained` and vLLM load.
 
     Files that are on the trainer's machine alone are fetched from it."""
+    from metaclaw_plugin.exporting import export_version
     from metaclaw_plugin.settings import find_config, load_settings
-    from metaclaw_plugin.worker.exporting import export_version
 
     with _store(config) as engine:
         record = _record(engine, name)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import tempfile
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Query
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse
 from metaclaw_hooks.errors import InvalidNameError
 from metaclaw_hooks.names import parse_version
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.engine import Connection
+from starlette.background import BackgroundTask
 
-from metaclaw_plugin.errors import TrainingNotStartedError, UnknownAgentError, UnknownVersionError
+from metaclaw_plugin.errors import MetaclawError, TrainingNotStartedError, UnknownAgentError, UnknownVersionError
+from metaclaw_plugin.exporting import export_archive
 from metaclaw_plugin.gateway.identity import Identity
 from metaclaw_plugin.gateway.process import GatewayProcess
-from metaclaw_plugin.store.adapters import get_version, list_versions
+from metaclaw_plugin.store.adapters import VersionRecord, get_version, list_versions
 from metaclaw_plugin.store.lineage import retrain_without_deleted
 from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.trainer_client import TrainerClient
 
 Ask = Callable[[Any, Callable[[Connection, Identity], Any]], Coroutine[Any, Any, Any]]
-Name = Annotated[str, Path(max_length=200, description="Such as ada@v3.")]
+Name = Annotated[str, PathParameter(max_length=200, description="Such as ada@v3.")]
 
 
 class AdaptersReply(BaseModel):
@@ -86,9 +94,26 @@ def add_adapter_routes(
         reply: dict[str, Any] = await read(auth, work)
         return reply
 
+    @router.get(
+        "/adapters/{name}/export",
+        summary="A version as a plain PEFT folder, in a tar file",
+        response_class=FileResponse,
+    )
+    async def export(name: Name, auth: Any = caller) -> FileResponse:
+        record: VersionRecord = await read(auth, lambda c, identity: get_version(c, *_own_version(identity, name)))
+        rl, folder = process().settings.rl, Path(await asyncio.to_thread(tempfile.mkdtemp))
+        forget = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            archive = await asyncio.to_thread(export_archive, record.version, folder, rl.remote_url, rl.headers)
+        except MetaclawError:
+            await forget()
+            raise
+        return FileResponse(archive, media_type="application/x-tar", filename=archive.name, background=forget)
+
     @router.post("/agents/{agent}/train", summary="Take a training step now")
     async def train(
-        agent: Annotated[str, Path(max_length=63, description="One of the caller's agents.")], auth: Any = caller
+        agent: Annotated[str, PathParameter(max_length=63, description="One of the caller's agents.")],
+        auth: Any = caller,
     ) -> TrainingStarted:
         await read(auth, lambda _, identity: _own(identity, agent))
         rl = process().settings.rl

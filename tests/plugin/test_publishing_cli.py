@@ -13,7 +13,7 @@ from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
 
 from metaclaw_plugin.cli.adapters import app
-from metaclaw_plugin.errors import ExportError, VersionStateError
+from metaclaw_plugin.errors import AdapterFilesError, ExportError, VersionStateError
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
 
@@ -96,8 +96,13 @@ def test_export_writes_a_plain_folder_whole(engine: Engine, tmp_path: Path) -> N
         CliRunner().invoke(app, ["export", "ada@v2", str(target)], catch_exceptions=False)
 
 
-def test_a_damaged_or_absent_version_is_not_exported(engine: Engine, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="not at"):
+def test_a_damaged_or_absent_version_is_not_exported(
+    engine: Engine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = home / "nobody.yaml"
+    config.write_text("metaclaw: {rl: {remote_url: 'http://127.0.0.1:9'}}\n", encoding="utf-8")
+    monkeypatch.setenv("METACLAW_CONFIG", str(config))
+    with pytest.raises(AdapterFilesError, match="could not be fetched from the trainer"):
         CliRunner().invoke(app, ["export", "ada@v1", str(tmp_path / "a")], catch_exceptions=False)
     (home / "versions" / "ada" / "2" / "adapter_model.safetensors").write_bytes(WEIGHTS[:5])
     with pytest.raises(ExportError, match="damaged"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,3 +151,29 @@ async def test_training_begins_again_without_what_was_deleted(client: httpx.Asyn
         assert versions.get_route(c, "ada").version == 0
     assert (await client.post("/adapters/retrain", json={"agent": "ada"}, headers=ADA)).status_code == 400
     assert (await client.post("/adapters/retrain", json=body, headers=BOB)).status_code == 404
+
+
+async def test_a_version_is_exported_as_a_folder_in_a_tar_file(
+    client: httpx.AsyncClient, engine: Engine, tmp_path: Path
+) -> None:
+    folder, weights = tmp_path / "made", b"weights of ada@v2"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text('{"r": 8}', encoding="utf-8")
+    with engine.begin() as c:
+        second = (adapters.c.agent == "ada") & (adapters.c.number == 2)
+        manifest = c.scalars(sa.select(adapters.c.manifest).where(second)).one()
+        manifest |= {"path": str(folder), "sha256": hashlib.sha256(weights).hexdigest()}
+        c.execute(adapters.update().where(second).values(manifest=manifest))
+    answer = await client.get("/adapters/ada@v2/export", headers=ADA)
+    assert answer.headers["content-type"] == "application/x-tar"
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        names = {"ada@v2", *(f"ada@v2/{name}" for name in ("adapter_model.safetensors", "adapter_config.json"))}
+        assert set(tar.getnames()) == names | {"ada@v2/manifest.json"}
+        found = tar.extractfile("ada@v2/adapter_model.safetensors")
+        assert found is not None
+        assert found.read() == weights
+    assert (await client.get("/adapters/ada@v2/export", headers=BOB)).status_code == 404
+    (folder / "adapter_model.safetensors").write_bytes(b"something else")
+    answer = await client.get("/adapters/ada@v2/export", headers=ADA)
+    assert (answer.status_code, "is damaged" in answer.text) == (503, True)

@@ -17,7 +17,7 @@ from vllm_server import VllmProcess
 
 from metaclaw_plugin.adapter_files import fetch_adapter
 from metaclaw_plugin.errors import AdapterFilesError
-from metaclaw_plugin.worker.exporting import export_version
+from metaclaw_plugin.exporting import export_version
 
 AGENT = "far-away"
 ELSEWHERE = "/no/such/machine/trainer/adapters/far-away/v1"  # a path of the trainer's machine

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,23 @@ def export_version(version: AdapterVersion, folder: Path, trainer: str, headers:
         fetched = Path(temporary) / "adapter"
         fetch_adapter(trainer, headers, version.name, fetched)
         _write(version, fetched, folder)
+
+
+def export_archive(version: AdapterVersion, folder: Path, trainer: str, headers: Mapping[str, str]) -> Path:
+    """The same as a tar file in ``folder``, which must exist; it holds one folder, named as the version is.
+
+    Raises:
+        ExportError: if the files are damaged or cannot be written.
+        AdapterFilesError: if they are not on this machine and could not be fetched.
+    """
+    export_version(version, folder / version.name, trainer, headers)
+    archive = folder / f"{version.name}.tar"
+    try:
+        with tarfile.open(archive, "w") as tar:
+            tar.add(folder / version.name, version.name)
+    except OSError as error:
+        raise ExportError(f"{version.name} could not be packed into {archive}: {error.strerror}") from error
+    return archive
 
 
 def _existing(folder: Path) -> Path:
