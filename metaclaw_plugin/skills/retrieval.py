@@ -26,7 +26,17 @@ CONTEXT_WEIGHT = 0.25  # of a term that only the conversation before has
 LENGTH_SHARE = 0.3  # how far a long query lowers the lexical relevance: 0 not at all, 1 in proportion
 SEMANTIC_SHARE = 0.7  # of the embeddings in the fused relevance
 SHARE_OF_BEST = 0.6  # a skill less relevant than this share of the best one is not injected beside it
-THRESHOLDS = {"lexical": 0.30, "embeddings": 0.21, "fused": 0.21}  # where benchmarks/skills.py found them best
+LEXICAL_THRESHOLD = 0.30
+# Where benchmarks/skills.py found them best. Static vectors lie much nearer to one another than those of a transformer,
+# which is what an endpoint is taken for.
+THRESHOLDS = {
+    ("embeddings", "onnx"): 0.20,
+    ("embeddings", "endpoint"): 0.20,
+    ("embeddings", "model2vec"): 0.49,
+    ("fused", "onnx"): 0.20,
+    ("fused", "endpoint"): 0.20,
+    ("fused", "model2vec"): 0.39,
+}
 EMBED_BATCH = 32  # texts
 EMBED_PAUSE = 30.0  # seconds until an embedder that failed is asked for vectors of skills again
 
@@ -66,8 +76,11 @@ class Retriever:
 
     def select(self, agent: str, messages: Sequence[Mapping[str, Any]]) -> tuple[Skill, ...]:
         """The skills to inject for the newest human message, best first."""
-        ranked = self.rank(agent, build_query(messages))
-        return within_budget(relevant(ranked, self.threshold), self._settings.max_skills, self._settings.max_tokens)
+        ranked, by_words = self._ranked(agent, build_query(messages))
+        threshold = self.threshold
+        if by_words and self._settings.min_relevance is None:
+            threshold = LEXICAL_THRESHOLD
+        return within_budget(relevant(ranked, threshold), self._settings.max_skills, self._settings.max_tokens)
 
     @property
     def takes_long(self) -> bool:
@@ -77,8 +90,10 @@ class Retriever:
     @property
     def threshold(self) -> float:
         """The relevance from which on a skill is injected."""
-        wanted = self._settings.min_relevance
-        return THRESHOLDS[self._settings.retrieval] if wanted is None else wanted
+        settings = self._settings
+        if settings.min_relevance is not None:
+            return settings.min_relevance
+        return THRESHOLDS.get((settings.retrieval, settings.embedder or ""), LEXICAL_THRESHOLD)
 
     def search(self, agent: str, text: str, limit: int = 10) -> list[Scored]:
         """The skills nearest to ``text``, best first, whether or not they reach the threshold."""
@@ -86,10 +101,14 @@ class Retriever:
 
     def rank(self, agent: str, query: Query) -> list[Scored]:
         """All skills that share anything with the query, best first."""
+        return self._ranked(agent, query)[0]
+
+    def _ranked(self, agent: str, query: Query) -> tuple[list[Scored], bool]:
+        """As ``rank``, and whether words alone decided, which have a threshold of their own."""
         index = self._index(agent)
-        relevance = self._relevance(index, query)
+        relevance, by_words = self._relevance(index, query)
         best = np.argsort(-relevance, kind="stable")
-        return [Scored(index.skills[i], float(relevance[i])) for i in best if relevance[i] > 0]
+        return [Scored(index.skills[i], float(relevance[i])) for i in best if relevance[i] > 0], by_words
 
     def embed_new(self) -> int:
         """Make the vectors of skills that have none, away from any request; returns how many were made.
@@ -114,21 +133,21 @@ class Retriever:
             self._vectors.update(zip(keys, made, strict=True))
         return len(missing)
 
-    def _relevance(self, index: _Indexed, query: Query) -> Scores:
-        """Relevance of every skill, shape (D,)."""
+    def _relevance(self, index: _Indexed, query: Query) -> tuple[Scores, bool]:
+        """Relevance of every skill, shape (D,), and whether it is that of words alone."""
         lexical = _lexical(index.lexical, query)
         if self._embedder is None or index.vectors is None or not query.text:
-            return lexical
+            return lexical, True
         try:
             asked = self._embedder.embed([query.text])[0]
         except SkillError as error:
             log.warning("skills are selected by words alone: %s", error)
-            return lexical
+            return lexical, True
         semantic: Scores = np.maximum(index.vectors @ asked, 0).astype(np.float64)
         if self._settings.retrieval == "embeddings":
-            return semantic
+            return semantic, False
         fused: Scores = SEMANTIC_SHARE * semantic + (1 - SEMANTIC_SHARE) * np.minimum(lexical, 1.0)
-        return fused
+        return fused, False
 
     def _index(self, agent: str) -> _Indexed:
         view = self._library.view(agent)

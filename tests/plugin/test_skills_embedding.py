@@ -24,7 +24,7 @@ from metaclaw_plugin.settings import SkillSettings
 from metaclaw_plugin.skills.embedding import EndpointEmbedder, StaticEmbedder, Vectors, load_embedder
 from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.query import Query
-from metaclaw_plugin.skills.retrieval import Retriever
+from metaclaw_plugin.skills.retrieval import LEXICAL_THRESHOLD, Retriever
 from metaclaw_plugin.skills.skill_file import SHARED
 from tests.plugin.test_skills_library import put
 
@@ -141,6 +141,30 @@ def test_when_the_embedder_is_gone_words_decide(tmp_path: Path, static_model: st
     retriever = Retriever(library(tmp_path), static(static_model, "fused"), Fading(static_model, calls=1))
     assert retriever.embed_new() == 2
     assert [item.skill.name for item in retriever.rank("alpha", Query("bread"))] == ["bake-bread"]
+
+
+def test_words_keep_their_own_threshold_when_the_embedder_is_gone(tmp_path: Path, static_model: str) -> None:
+    retriever = Retriever(library(tmp_path), static(static_model, "fused"), Fading(static_model, calls=1))
+    retriever.embed_new()
+    question = "bread marmalade crumpets teapot porcelain saucer doily kettle scones"
+    [scored] = retriever.rank("alpha", Query(question))
+    assert LEXICAL_THRESHOLD <= scored.relevance < retriever.threshold, "as vectors it would not do"
+    assert [skill.name for skill in retriever.select("alpha", [{"role": "user", "content": question}])] == [
+        "bake-bread"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("embedder", "retrieval", "threshold"),
+    [("model2vec", "fused", 0.39), ("model2vec", "embeddings", 0.49), ("onnx", "fused", 0.20), (None, "lexical", 0.30)],
+)
+def test_each_kind_of_vectors_has_its_own_threshold(
+    tmp_path: Path, embedder: str | None, retrieval: str, threshold: float
+) -> None:
+    settings = SkillSettings.model_validate({"retrieval": retrieval, "embedder": embedder})
+    assert Retriever(library(tmp_path), settings).threshold == threshold
+    chosen = settings.model_copy(update={"min_relevance": 0.7})
+    assert Retriever(library(tmp_path), chosen).threshold == 0.7
 
 
 def test_an_embedder_that_fails_is_not_asked_again_at_once(
