@@ -29,6 +29,7 @@ def report(
         "wrong": wrong[:20],
         **spreads,
         **{f"gap_{name}": spread(tally.gaps) for name, tally in phases.items()},
+        **{f"last_chunk_{name}": spread(tally.ends) for name, tally in phases.items()},
         **{f"first_word_{name}": spread(tally.first) for name, tally in phases.items()},
         **{f"direct_{name}": spread(tally.direct) for name, tally in phases.items()},
         **{f"late_{name}": spread(tally.late) for name, tally in phases.items()},

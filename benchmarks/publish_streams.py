@@ -26,7 +26,8 @@ class Tally:
     replies: int = 0
     failed: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # a word that the named version does not speak
-    gaps: list[float] = field(default_factory=list)  # seconds between two chunks of one reply
+    gaps: list[float] = field(default_factory=list)  # seconds between two chunks of one reply, but for the last
+    ends: list[float] = field(default_factory=list)  # from the last chunk but one to the end: the trace is stored first
     at: list[tuple[float, str]] = field(default_factory=list)  # when each gap ended (``perf_counter``), in whose reply
     direct: list[float] = field(default_factory=list)  # the same of a stream that goes to vLLM itself
     late: list[float] = field(default_factory=list)  # seconds that a timer of the measuring process came too late
@@ -105,6 +106,7 @@ class Streams:
         }
         headers = {"authorization": f"Bearer {self._stage.keys[agent]}"}
         started = last = time.perf_counter()
+        gap = 0.0  # before the newest chunk; the last one is sent when the trace is committed
         async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
             if answer.status_code != 200:
                 tally.failed.append(f"{agent}: {answer.status_code} {(await answer.aread())[:200]!r}")
@@ -120,14 +122,18 @@ class Streams:
                 if not text:
                     continue
                 now = time.perf_counter()
+                if len(words) > 1:
+                    tally.gaps.append(gap)
+                    tally.at.append((last, version))
                 if words:
-                    tally.gaps.append(now - last)
-                    tally.at.append((now, version))
+                    gap = now - last
                 else:
                     tally.first.append(now - started)
                     self.seen.setdefault(version, now)
                 words.append(text)
                 last = now
+        if len(words) > 1:
+            tally.ends.append(gap + time.perf_counter() - last)
         self._check(agent, version, "".join(words), done)
         return version
 

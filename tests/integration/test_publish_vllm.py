@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from metaclaw_hooks.plugins import Plugins, create_plugin_manager
 from metaclaw_hooks.types import Agent, Kind, Mode, Sampling, Trace
+from safetensors.numpy import load_file, save_file
 from sqlalchemy.engine import Engine
 
 from benchmarks.publish_versions import Scorer
@@ -177,19 +179,44 @@ async def test_law_6_versions_follow_each_other_and_each_speaks_for_itself(alway
         assert await loaded(always) == {f"{always.agent}@v{number}"}
 
 
-async def test_a_damaged_adapter_never_serves_and_the_reason_is_shown(always: Stage) -> None:
+def cut_off(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+
+
+def of_another_base(folder: Path) -> None:
+    """As it would be if the base model were twice as wide."""
+    file = folder / "adapter_model.safetensors"
+    items = load_file(file).items()
+    twice = {name: np.concatenate([one, one], axis=1 if "lora_A" in name else 0) for name, one in items}
+    save_file(twice, file, {"format": "pt"})
+
+
+def of_a_rank_too_high(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 16', '"r": 512'), encoding="utf-8")
+
+
+def without_a_configuration(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_off, of_another_base, of_a_rank_too_high, without_a_configuration])
+async def test_an_adapter_that_cannot_be_loaded_never_serves_and_the_reason_is_shown(
+    always: Stage, damage: Callable[[Path], None]
+) -> None:
     publisher = Publisher(always)
     good = always.maker.make("v1")
     always.trainer.commit(always.agent, good)
     await publisher.round()
     bad = always.maker.make("v2")
-    weights = bad.path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
+    damage(bad.path)
     always.trainer.commit(always.agent, bad)
     await rounds(publisher, 2)
     with always.engine.connect() as c:
         assert store.get_route(c, always.agent).version == 1
         assert store.get_version(c, always.agent, 2).problem
+    assert await loaded(always) == {f"{always.agent}@v1"}
     assert good.speaks(await say(always, f"{always.agent}@v1"))
 
 
