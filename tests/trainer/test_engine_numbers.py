@@ -10,9 +10,10 @@ import torch
 from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer import forward
 from metaclaw_trainer.adapters import AdapterConfig, AdapterState, OptimiserOptions
-from metaclaw_trainer.batching import Datum, Pull, datum_of, datum_of_lists
+from metaclaw_trainer.batching import Datum, Pull, datum_of, datum_of_lists, micro_batches
 from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.errors import OutOfMemoryError
+from metaclaw_trainer.fused_norm import FusedNorm, fuse_norms
 from metaclaw_trainer.losses import LossOptions, find_loss, token_weights
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -117,14 +118,24 @@ def test_loss_and_gradients_equal_the_reference(
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
 def test_micro_batches_give_the_gradient_of_one_batch(make_engine, normalisation: str) -> None:
     options, found = LossOptions(normalisation=normalisation, normalisation_constant=3.0), []
-    for budget in (1, 100, 100_000):
-        engine = make_engine(micro_batch_tokens=budget)
+    for budget, padding in ((1, 0), (100, 100), (100_000, 20), (100_000, 100)):
+        engine = make_engine(micro_batch_tokens=budget, padding_limit=padding)
         trained_state(engine)
         result = engine.call(lambda e: e.forward_backward("ada", mixed_datums(), "ppo", options))
         found.append((result.loss, {n: g.double() for n, g in gradients_of(engine).items()}))
     for loss, gradients in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         assert distance(gradients, found[0][1]) < 1e-5
+
+
+def test_sequences_share_a_pass_only_within_the_budget_and_the_padding() -> None:
+    lengths = (10, 50, 12, 48, 49)
+    datums = [datum_of(random_sample(n, (0.0,), prompt=length, response=1), [0.0]) for n, length in enumerate(lengths)]
+    assert list(micro_batches(datums, 1000, 5)) == [[1, 4, 3], [2, 0]]
+    assert list(micro_batches(datums, 100, 5)) == [[1, 4], [3], [2, 0]]
+    assert list(micro_batches(datums, 1000, 0)) == [[1], [4], [3], [2], [0]]
+    assert list(micro_batches(datums, 1000, 1000)) == [[1, 4, 3, 2, 0]]
+    assert list(micro_batches(datums, 1, 1000)) == [[1], [4], [3], [2], [0]]
 
 
 def test_two_calls_accumulate_what_one_call_gives(make_engine) -> None:
@@ -241,6 +252,32 @@ def test_a_response_longer_than_the_kept_softmax_is_differentiated_alike(
     assert distance(gradients_of(engine), whole) < 1e-6
 
 
+def test_norms_are_fused_where_that_computes_the_same(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).requires_grad_(False)
+    norm = model.base_model.norm
+    norm.weight.copy_(torch.linspace(0.5, 2.0, norm.weight.shape[0]))
+    names = [name for name, _ in model.named_parameters()]
+    x = torch.randn(3, 5, norm.weight.shape[0], requires_grad=True)
+    along = torch.randn_like(x)
+    wanted = norm(x)
+    [wanted_gradient] = torch.autograd.grad(wanted, x, along)
+    layers = model.config.num_hidden_layers
+    assert fuse_norms(model) == 2 * layers + 1
+    fused = model.base_model.norm
+    assert isinstance(fused, FusedNorm)
+    assert torch.allclose(fused(x), wanted, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad(fused(x), x, along)[0], wanted_gradient, atol=1e-5)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert fuse_norms(model) == 0
+
+    class Shifted(type(norm)):  # type: ignore[misc]  # as in Gemma
+        def forward(self, states: Tensor) -> Tensor:
+            return super().forward(states) * 2.0
+
+    model.base_model.norm = Shifted(norm.weight.shape[0])
+    assert fuse_norms(model) == 0
+
+
 def test_peft_reads_the_weights_under_their_own_names(make_engine, tiny_model: Path) -> None:
     engine = make_engine()
     state = trained_state(engine)
@@ -281,7 +318,7 @@ def test_out_of_memory_is_survived_with_smaller_pieces(make_engine, monkeypatch:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(model, group, device)
 
-    engine = make_engine(micro_batch_tokens=100_000)
+    engine = make_engine(micro_batch_tokens=100_000, padding_limit=100)
     trained_state(engine)
     engine.call(lambda e: e.forward_backward("ada", datums, "ppo", SUM))
     once = {n: g.double() for n, g in gradients_of(engine).items()}

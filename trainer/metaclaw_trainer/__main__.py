@@ -19,6 +19,7 @@ from metaclaw_hooks.errors import HooksError
 
 from metaclaw_trainer.auth import KeyRing, refuse_open_bind
 from metaclaw_trainer.errors import ModelLoadError, SettingsError, TrainerError
+from metaclaw_trainer.freed_memory import keep_freed_memory
 from metaclaw_trainer.settings import TrainerSettings, load_settings
 from metaclaw_trainer.store import open_store
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _look_for_model(settings.base_model)
         logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        keep_freed_memory()
         from metaclaw_trainer.process import serve  # torch is imported here, after the cheap checks
 
         return serve(settings, listener)

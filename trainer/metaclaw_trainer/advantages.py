@@ -7,9 +7,12 @@ rewards of the batch, shrunk to 0 while they are few:
 
 with n and m the weight and mean of the remembered rewards (n at most ``baseline_memory``), N turns in the batch, and k
 (``baseline_prior``) the weight of the prior mean 0. A baseline that does not depend on the turn's own tokens leaves the
-gradient unbiased (Williams 1992); leaving the own reward out keeps it so inside a batch (Kool, van Hoof and Welling
-2019); a baseline carried from step to step in the place of a group is that of single-stream policy optimisation
-(arXiv:2509.13232). Departure from the latter: one baseline for an agent, not one for a prompt, since no prompt returns.
+gradient unbiased (Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
+learning"); leaving the own reward out keeps it so inside a batch (Kool, van Hoof and Welling 2019, "Buy 4 REINFORCE
+samples, get a baseline for free!"); a baseline carried from step to step in the place of a group is that of
+single-stream policy optimisation (Xu and Ding 2025, arXiv:2509.13232). Departures from the latter: one baseline for an
+agent, not one for a prompt, since no prompt returns; its memory has a fixed length, where theirs follows the KL; no
+scaling by default.
 
 ``group``: turns with the same prompt are centred on their group's other rewards; one without peers as in ``running``.
 ``batch``: A = r - mean of the batch, the ancestor's. ``raw``: A = r.

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from metaclaw_trainer.errors import ModelLoadError
 from metaclaw_trainer.forward import unsupported_head
 from metaclaw_trainer.fused_lora import FusedLinear
+from metaclaw_trainer.fused_norm import fuse_norms
 from metaclaw_trainer.settings import TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -84,13 +85,16 @@ def adopt(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> Ba
     if reason := unsupported_head(model):
         raise ModelLoadError(f"the base model {name} cannot be trained here: {reason}")
     model.requires_grad_(False).eval().to(device)
+    plain = device.type == "cpu" and dtype == torch.float32
+    if plain:
+        fuse_norms(model)
     return BaseModel(
         model=model,
         device=device,
         vocabulary=int(model.get_input_embeddings().weight.shape[0]),
         layer_names=_linear_names(model),
         fingerprint=fingerprint(model),
-        may_add_up=device.type == "cpu" and dtype == torch.float32,
+        may_add_up=plain,
     )
 
 

@@ -128,14 +128,15 @@ def staleness(sample: Sample, head: int) -> int:
     return abs(head - sample.adapter_version)
 
 
-def micro_batches(datums: Sequence[Datum], token_budget: int) -> Iterator[list[int]]:
+def micro_batches(datums: Sequence[Datum], token_budget: int, padding: int) -> Iterator[list[int]]:
     """Indexes of datums that share one right-padded forward pass of at most ``token_budget`` tokens, or are alone.
 
-    Similar lengths go together; every index comes exactly once.
+    Similar lengths go together, so that none is padded by more than ``padding`` tokens; every index comes exactly once.
     """
     group: list[int] = []
     for index in sorted(range(len(datums)), key=lambda i: (-datums[i].length, i)):
-        if group and datums[group[0]].length * (len(group) + 1) > token_budget:
+        longest = datums[group[0]].length if group else 0
+        if group and (longest * (len(group) + 1) > token_budget or longest - datums[index].length > padding):
             yield group
             group = []
         group.append(index)

@@ -2,9 +2,10 @@
 
 On-policy distillation: a stronger model scores the tokens that the student drew, and each token's advantage loses
 coefficient * (logprob of student - logprob of teacher), which in expectation is the gradient of the reverse KL to it
-(Agarwal et al. 2024, arXiv:2306.13649; Thinking Machines, "On-policy distillation", 2025). Hindsight: the same model
-scores its own answer once more with the hint in its prompt that says how the answer should have been; what the hint
-makes likelier is pulled up (after the hindsight-guided distillation of OpenClaw-RL).
+(Agarwal et al. 2023, arXiv:2306.13649; Lu, "On-Policy Distillation", Thinking Machines, October 2025). Hindsight: the
+same model scores its own answer once more with the hint in its prompt that says how the answer should have been; what
+the hint makes likelier is pulled up (the hindsight-guided on-policy distillation of OpenClaw-RL, arXiv:2603.10165,
+where the advantage of a token is that gap).
 
 Departures: the teacher is any vLLM (``prompt_logprobs``), asked about token ids and never about text, so a teacher with
 another vocabulary is refused. The hint stands as a user message of its own right before the answer; in a merged session

@@ -2,8 +2,8 @@
 
 The head of a language model is a product with the whole vocabulary: for the third of a sequence that was sampled it
 costs as much as several layers do for all of it. So hidden states are picked first and multiplied after, in chunks,
-and the softmax is kept only if it is small. (The idea of Liger's and Wijmans' fused cross-entropy, arXiv:2411.09009,
-for a frozen head.)
+and the softmax is kept only if it is small. (The idea of Liger's fused linear cross-entropy, arXiv:2410.10989, and of
+"Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, for a frozen head.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from metaclaw_trainer.batching import Datum
 
 KEEP_ROWS = 512  # positions whose softmax is kept for the backward pass; more are computed again, chunk by chunk
+
+_CACHED_ROWS = 8  # positions whose logits stay in a CPU's cache while all is made of them that is needed
 
 
 class Scored(NamedTuple):
@@ -76,12 +78,14 @@ class _HeadLogprobs(torch.autograd.Function):
         logprobs, entropies, kept = [], [], None
         differentiate = ctx.needs_input_grad[0]
         for states, targets in zip(states_NH.split(KEEP_ROWS), targets_N.split(KEEP_ROWS), strict=True):
-            logp = _log_softmax(states, weight_VH, bias_V)
-            logprobs.append(logp.gather(1, targets[:, None])[:, 0])
-            p = logp.exp()
-            # -sum p log p as a batched dot product: no third array of N times V
-            entropies.append(-torch.bmm(p[:, None, :], logp[:, :, None])[:, 0, 0])
-            kept = p
+            logits = nn.functional.linear(states, weight_VH, bias_V)
+            kept = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+            rows = _CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+            for part, target, p in zip(logits.split(rows), targets.split(rows), kept.split(rows), strict=True):
+                logp = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+                logprobs.append(logp.gather(1, target[:, None])[:, 0])
+                torch.exp(logp, out=p)  # in the place of the logits, which are not needed any more
+                entropies.append(-logp.mul_(p).sum(-1))
         small = differentiate and states_NH.shape[0] <= KEEP_ROWS
         ctx.save_for_backward(states_NH, weight_VH, bias_V, targets_N, kept if small else None)
         entropy = torch.cat(entropies)
@@ -95,13 +99,12 @@ class _HeadLogprobs(torch.autograd.Function):
         parts = []
         chunks = zip(states_NH.split(KEEP_ROWS), targets_N.split(KEEP_ROWS), grad_N.split(KEEP_ROWS), strict=True)
         for states, targets, grad in chunks:
-            p = kept if kept is not None else _log_softmax(states, weight_VH, bias_V).exp_()
+            p = kept if kept is not None else _softmax(states, weight_VH, bias_V)
             # d logprob / d logits = onehot - p
             expected = torch.mm(p.to(weight_VH.dtype), weight_VH)
             parts.append((weight_VH.index_select(0, targets) - expected) * grad[:, None].to(weight_VH.dtype))
         return torch.cat(parts).to(states_NH.dtype), None, None, None
 
 
-def _log_softmax(states: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits = nn.functional.linear(states, weight_VH, bias_V).float()
-    return torch.log_softmax(logits, dim=-1)
+def _softmax(states: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    return torch.softmax(nn.functional.linear(states, weight_VH, bias_V), dim=-1, dtype=torch.float32)

@@ -25,12 +25,17 @@ from metaclaw_trainer.errors import (
     WrongThreadError,
 )
 from metaclaw_trainer.forward import Scored, score
+from metaclaw_trainer.freed_memory import give_back
 from metaclaw_trainer.losses import BUILT_IN, Loss, LossOptions, find_loss, token_weights
 from metaclaw_trainer.objective import BatchResult, Tally, objective
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.shelf import AdapterShelf
 
 log = logging.getLogger(__name__)
+
+# Tokens whose arithmetic takes as long as a further pass does before it computes anything: starting its operations, and
+# reading all weights once.
+_PADDING = {"cpu": 32, "cuda": 256}
 
 _MEMORY = (
     "out of memory in a forward or backward pass; no step was taken. Lower micro_batch_tokens or max_sample_tokens, "
@@ -50,6 +55,8 @@ class LoraEngine:
         self._owner = threading.get_ident()
         self.settings = settings
         self.base: BaseModel = base or load_base(settings)
+        given = settings.padding_limit
+        self._padding = given if given is not None else _PADDING[self.base.device.type]
         self.losses: dict[str, Loss] = dict(BUILT_IN)
         self.shelf = AdapterShelf(self.base, settings.base_model, settings.max_hot_adapters)
 
@@ -149,7 +156,7 @@ class LoraEngine:
             tally = Tally(datums)
             try:
                 with self.shelf.using(key, tokens), _or_as_it_was(adapter):
-                    for group in micro_batches(datums, budget):
+                    for group in micro_batches(datums, budget, self._padding):
                         scored = self._score([datums[i] for i in group], differentiate=True, thrifty=thrifty)
                         total = objective(group, scored, weights, function, options, tally)
                         total.backward()  # type: ignore[no-untyped-call]
@@ -169,7 +176,7 @@ class LoraEngine:
         found: list[Tensor] = [torch.empty(0)] * len(datums)
         tokens = sum(datum.length for datum in datums)
         with torch.no_grad(), self.shelf.using(key, tokens), _translated_memory_errors():
-            for group in micro_batches(datums, self.settings.micro_batch_tokens):
+            for group in micro_batches(datums, self.settings.micro_batch_tokens, self._padding):
                 for index, one in zip(group, self._score([datums[i] for i in group]), strict=True):
                     found[index] = one.logprobs_N.cpu()
         return found
@@ -192,6 +199,7 @@ class LoraEngine:
             raise EngineError(f"adapter {key!r} has no gradient: call forward_backward before optim_step")
         norm = adapter.apply(options)
         self.shelf.moved()
+        give_back()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {key!r} is {norm}: no step was taken; look for a reward or learning "
@@ -214,6 +222,7 @@ class LoraEngine:
     def _free_memory(self) -> None:
         """Give back what torch holds for later, and the buffers of sums."""
         self.shelf.free_memory()
+        give_back()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
 

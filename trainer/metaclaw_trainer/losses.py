@@ -116,8 +116,8 @@ def token_weights(lengths: Sequence[int], options: LossOptions) -> list[float]:
     """What each sequence's token terms are multiplied with before the sum; ``lengths``: sampled tokens of each.
 
     ``token``: every token of the batch counts alike (1 / all tokens). ``sequence``: every sequence counts alike, the
-    tokens of a long one less (1 / (sequences * own tokens)), as in GRPO. ``constant``: the plain sum over a constant,
-    as in Dr. GRPO (arXiv:2503.20783); with the constant 1 it is Tinker's sum.
+    tokens of a long one less (1 / (sequences * own tokens)), as in GRPO (arXiv:2402.03300). ``constant``: the plain sum
+    over a constant, as in Dr. GRPO (arXiv:2503.20783); with the constant 1 it is Tinker's sum.
     """
     if options.normalisation == "token":
         return [1.0 / sum(lengths)] * len(lengths)

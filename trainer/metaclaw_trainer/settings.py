@@ -85,6 +85,9 @@ class TrainerSettings(BaseModel):
     micro_batch_tokens: int = Field(
         1024, ge=1, description="Tokens, padding included, of one forward pass over several samples."
     )
+    padding_limit: int | None = Field(
+        None, ge=0, description="Tokens by which a sample is padded in it, at most; unset: 32 on a CPU, 256 on a GPU."
+    )
     max_sample_tokens: int = Field(32768, ge=2, description="Longest sample that is accepted.")
     max_staleness: int = Field(8, ge=0, description="Adapter versions that a sample may be behind the head.")
     max_queued: int = Field(10_000, ge=1, description="Samples of one agent that may wait; more are refused with 429.")
