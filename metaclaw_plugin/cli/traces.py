@@ -62,11 +62,23 @@ def list_(
     for row in rows:
         when = datetime.fromtimestamp(row["finished_at"], UTC).strftime("%Y-%m-%d %H:%M:%S")
         reward = "-" if row["reward"] is None else f"{row['reward']:+.2f}"
-        why = "trainable" if row["trainable"] else f"not trainable: {row['reason']}"
         place = f"{row['session'][:12]}/{row['turn']}"
         version = f"{row['agent']}@v{row['adapter_version']}"
         size = "-" if row["response_tokens"] is None else f"{row['response_tokens']} tokens"
-        typer.echo(f"{when}  {row['id']}  {version}  {place}  {row['kind']}  {reward}  {size}  {why}")
+        typer.echo(f"{when}  {row['id']}  {version}  {place}  {row['kind']}  {reward}  {size}  {_use(row)}")
+
+
+def _use(row: dict[str, Any]) -> str:
+    """What becomes of a trace, in a few words."""
+    if row["purpose"] == "support":
+        return "support: shown to the evolver, never trained on"
+    if row["purpose"] == "held_out":
+        return "held out: replayed by the gate, never trained on"
+    if not row["trainable"]:
+        return f"not trainable: {row['reason']}"
+    if row["forward"] == "skipped":
+        return f"not trained on: {row['forward_reason']}"
+    return "trained on" if row["forward"] == "trained" else "trainable"
 
 
 @app.command()

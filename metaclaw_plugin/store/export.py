@@ -38,6 +38,7 @@ _SUMMARY = (
     "reward",
     "purpose",
     "forward",
+    "forward_reason",
 )
 
 

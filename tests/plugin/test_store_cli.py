@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from metaclaw_plugin.cli.traces import app, parse_time
 from metaclaw_plugin.errors import ConfigError, UnknownTraceError
+from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.traces import insert_traces
 from tests.store_cases import TRACE, a_trace
@@ -59,6 +60,22 @@ def test_list_narrows_and_shows_why_something_is_not_trainable(engine: Engine) -
     assert listed("--older-than", "7d") == ["tr-old"]
     assert listed("-n", "1") == ["tr-b"]
     assert "not trainable: greedy" in done("list", "--agent", "beta")
+
+
+@pytest.mark.law(8)
+def test_law_8_list_tells_support_and_query_apart(engine: Engine) -> None:
+    settled = {
+        "tr-b": {"purpose": "support"},
+        "tr-new": {"purpose": "query", "forward": "skipped", "forward_reason": "of a skill generation before 3"},
+        "tr-old": {"purpose": "held_out"},
+    }
+    with engine.begin() as c:
+        for name, values in settled.items():
+            c.execute(schema.traces.update().where(schema.traces.c.id == name).values(**values))
+    support, query, held_out = done("list").splitlines()
+    assert support.endswith("support: shown to the evolver, never trained on")
+    assert query.endswith("not trained on: of a skill generation before 3")
+    assert held_out.endswith("held out: replayed by the gate, never trained on")
 
 
 @pytest.mark.parametrize("name", ["tr-new", "resp-new"])
