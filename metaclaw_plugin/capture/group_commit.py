@@ -1,8 +1,8 @@
 """One thread that does all of a gateway process's writing, many requests to a transaction.
 
-A job is a function of an open connection. Jobs that wait together are run and committed together, each inside a
-savepoint of its own, so that one that fails takes no other with it; a job alone fails with its transaction. A future is
-fulfilled only after the commit.
+A job is a function of an open connection. Jobs that wait together are run and committed together. If one of them
+fails, all is rolled back and each is run once more in a transaction of its own, so that it takes no other with it:
+failures are rare, and a savepoint for every job would not be. A future is fulfilled only after the commit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,9 +31,14 @@ MAX_GROUP = 64  # jobs to a transaction
 class _Job:
     run: Callable[[sa.Connection], Any]
     prepare: Callable[[], None] | None
+    discard: Callable[[Any], None] | None
     future: Future[Any] = field(default_factory=Future)
-    result: Any = None
-    error: Exception | None = None
+    results: list[Any] = field(default_factory=list)  # one, while its transaction is open
+
+    def roll_back(self) -> None:
+        if self.results and self.discard is not None:
+            self.discard(self.results[0])
+        self.results.clear()
 
 
 class GroupCommit:
@@ -46,13 +50,19 @@ class GroupCommit:
         self._thread = threading.Thread(target=self._work, name="metaclaw-store", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[sa.Connection], T], prepare: Callable[[], None] | None = None) -> Future[T]:
+    def submit(
+        self,
+        run: Callable[[sa.Connection], T],
+        prepare: Callable[[], None] | None = None,
+        discard: Callable[[T], None] | None = None,
+    ) -> Future[T]:
         """Queue a job; never blocks. The future raises what the job raised, or StoreError if nothing was committed.
 
         ``prepare`` is called in the thread first, before the transaction begins, so that slow work holds no lock.
+        ``run`` may be called again after a rollback; ``discard`` is given each result that was rolled back.
         A future that is cancelled before its job's turn takes the job out.
         """
-        job = _Job(run, prepare)
+        job = _Job(run, prepare, discard)
         self._jobs.put(job)
         return job.future
 
@@ -89,23 +99,31 @@ class GroupCommit:
         try:
             with self._engine.begin() as c:
                 for job in group:
-                    _run(c, job, alone=len(group) == 1)
-        except _FailedAloneError:
-            pass  # rolled back, and told to whoever waits below
+                    job.results.append(job.run(c))
         except Exception as error:  # noqa: BLE001 - isolation boundary: the thread must outlive any failure of the store
+            for job in group:
+                job.roll_back()
+            if len(group) > 1 and not isinstance(error, OperationalError | InterfaceError):
+                for job in group:
+                    self._commit([job])
+                return
             logger.warning("a transaction of %d jobs failed: %s", len(group), type(error).__name__)
             for job in group:
-                failure = StoreError(
-                    f"the store did not take the write: {type(error).__name__}; see its disk and locks"
-                )
-                failure.__cause__ = error
-                job.future.set_exception(failure)
+                job.future.set_exception(_failure(error))
             return
         for job in group:
-            if job.error is not None:
-                job.future.set_exception(job.error)
-            else:
-                job.future.set_result(job.result)
+            job.future.set_result(job.results[0])
+
+
+def _failure(error: Exception) -> Exception:
+    """What a job's future raises: what the job itself raised, or that the store did not take it."""
+    if not isinstance(error, SQLAlchemyError):
+        return error
+    trouble = isinstance(error, OperationalError | InterfaceError)
+    said = "did not take the write" if trouble else "refused a write"
+    failure = StoreError(f"the store {said}: {type(error).__name__}; see its disk and locks")
+    failure.__cause__ = error
+    return failure
 
 
 def _prepared(job: _Job) -> bool:
@@ -116,22 +134,3 @@ def _prepared(job: _Job) -> bool:
         job.future.set_exception(error)
         return False
     return True
-
-
-class _FailedAloneError(Exception):
-    """The only job of a group failed, so that its transaction is rolled back instead of a savepoint."""
-
-
-def _run(c: sa.Connection, job: _Job, alone: bool) -> None:
-    try:
-        with nullcontext() if alone else c.begin_nested():
-            job.result = job.run(c)
-    except (OperationalError, InterfaceError):
-        raise  # the store itself is in trouble: no job of this group is safe
-    except SQLAlchemyError as error:
-        job.error = StoreError(f"the store refused a write: {type(error).__name__}")
-        job.error.__cause__ = error
-    except Exception as error:  # noqa: BLE001 - isolation boundary: told to whoever submitted the job, not to the others
-        job.error = error
-    if alone and job.error is not None:
-        raise _FailedAloneError

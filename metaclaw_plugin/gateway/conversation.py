@@ -61,9 +61,12 @@ class Conversation:
         return EMPTY
 
     def pauses(self, newest: int) -> list[str]:
-        """Hashes at which the conversation may have paused before this request, longest first, at most ``newest``."""
-        ends = (digest for step, digest in zip(self.steps, self.hashes, strict=True) if step.ends)
-        return list(ends)[-newest:][::-1]
+        """Hashes at which the conversation may have paused before this request, longest first, at most ``newest``.
+
+        None if nothing but one message was said: a conversation pauses after an answer.
+        """
+        ends = [digest for step, digest in zip(self.steps, self.hashes, strict=True) if step.ends]
+        return ends[-newest:][::-1] if len(ends) > 1 else []
 
 
 def read_conversation(messages: Iterable[Any]) -> Conversation:

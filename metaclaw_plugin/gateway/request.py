@@ -180,29 +180,30 @@ class Gateway:
             return await asyncio.to_thread(self._retriever.select, agent, messages)
         return None
 
-    async def _in_store(
-        self, decide: Callable[[sa.Connection], T], undo: Callable[[asyncio.Future[T]], None] | None = None
-    ) -> T:
-        """Run ``decide`` in the store's thread.
+    async def _in_store(self, decide: Callable[[sa.Connection], T], undo: Callable[[T], None] | None = None) -> T:
+        """Run ``decide`` in the store's thread; ``undo`` gets what came of it too late, or was rolled back.
 
         Raises:
             StoreError: if the store failed.
-            TimeoutError: if it did not answer in time; ``undo`` gets what comes after all.
+            TimeoutError: if it did not answer in time.
         """
-        future = self._store.submit(decide)
+        future = self._store.submit(decide, discard=undo)
         waiter = asyncio.wrap_future(future)
         done, _ = await asyncio.wait({waiter}, timeout=self.settings.gateway.commit_timeout)
         if done:
             return waiter.result()
         if not future.cancel() and undo is not None:
-            waiter.add_done_callback(undo)
+            waiter.add_done_callback(lambda late: _undo(late, undo))
         raise TimeoutError(f"the store did not answer within {self.settings.gateway.commit_timeout:g} s")
 
-    def _give_back(self, waiter: asyncio.Future[tuple[Plan, Injection | None]]) -> None:
-        if waiter.cancelled() or waiter.exception() is not None:
-            return
-        if (ticket := waiter.result()[0].ticket) is not None:
+    def _give_back(self, decided: tuple[Plan, Injection | None]) -> None:
+        if (ticket := decided[0].ticket) is not None:
             self.in_flight.end(ticket)
+
+
+def _undo(late: asyncio.Future[T], undo: Callable[[T], None]) -> None:
+    if not late.cancelled() and late.exception() is None:
+        undo(late.result())
 
 
 def _client_body(data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 from metaclaw_plugin.gateway.identity import internal_key
 from tests.gateway_server import kill, running_gateway, start_gateway, stop
 from tests.integration.test_gateway_transparency import ROUTES, request_of
+from tests.postgres_server import create_database, running_postgres
 from tests.replay_upstream import ReplayUpstream, Script
 
 pytestmark = [pytest.mark.gateway, pytest.mark.law(3)]
@@ -114,15 +115,24 @@ def test_told_to_stop_it_finishes_what_it_has_begun(
     assert [trace for trace in talkers.whole if stored[trace] != 1] == []
 
 
-def test_two_workers_share_one_store_and_one_count(
+def test_two_workers_share_one_postgresql_and_one_count(
     replay: ReplayUpstream, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
     fresh_scripts(replay)
-    with running_gateway(tmp_path, replay.url, free_port(), gateway={"workers": 2}) as server:
+    with (
+        running_postgres() as postgres,
+        running_gateway(
+            tmp_path,
+            replay.url,
+            free_port(),
+            gateway={"workers": 2},
+            store={"url": create_database(postgres, "metaclaw")},
+        ) as server,
+    ):
         talkers = Talkers(server.url, server.key, 8)
         time.sleep(4)
         talkers.finish()
-        stored = stored_ids(server.settings.home / "metaclaw.db")
+        stored = Counter(trace.id for trace in server.traces())
         assert len(talkers.whole) > 20
         assert talkers.broken == 0
         assert [trace for trace in talkers.whole if stored[trace] != 1] == []

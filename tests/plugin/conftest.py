@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import metadata
 from tests.postgres_server import create_database, drop_database, running_postgres
+
+# How long it takes to draw examples says something about the machine, and nothing about the code.
+settings.register_profile("any-machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

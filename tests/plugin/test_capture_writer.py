@@ -239,3 +239,24 @@ async def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+def test_a_result_that_was_rolled_back_is_given_up(store: GroupCommit, engine: Engine) -> None:
+    taken: list[str] = []
+    given_up: list[str] = []
+
+    def take(c: sa.Connection) -> str:
+        taken.append(f"ticket {len(taken)}")
+        return taken[-1]
+
+    def fail(_: sa.Connection) -> None:
+        raise ValueError("no")
+
+    gate = threading.Event()
+    store.submit(lambda _: gate.wait(5))
+    kept = store.submit(take, discard=given_up.append)
+    failed = store.submit(fail)
+    gate.set()
+    assert isinstance(failed.exception(10), ValueError)
+    assert kept.result(10) == "ticket 1"
+    assert given_up == ["ticket 0"]
