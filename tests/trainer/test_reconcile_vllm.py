@@ -22,13 +22,15 @@ class Network:
 
     loaded: dict[str, str] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
-    down: bool = False
+    fault: httpx.Response | type[httpx.TransportError] | None = None  # instead of every answer
     broken: set[str] = field(default_factory=set)  # names whose load fails
     logprob: float = -2.0  # that every token of a prompt gets
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        if self.down:
-            raise httpx.ConnectError("refused", request=request)
+        if isinstance(self.fault, httpx.Response):
+            return self.fault
+        if self.fault is not None:
+            raise self.fault("broken", request=request)
         if request.url.path == "/v1/models":
             base = {"id": "metaclaw-base", "root": "/model", "parent": None}
             cards = [{"id": n, "root": r, "parent": "metaclaw-base"} for n, r in self.loaded.items()]
@@ -123,15 +125,27 @@ def test_a_name_that_vllm_holds_from_another_folder_is_replaced(stage: Stage) ->
     assert stage.networks[0].loaded == {"a@v1": str(stage.folder / "a@v1")}
 
 
-def test_a_replica_that_is_down_holds_up_no_other_and_is_brought_up_to_date_later(stage: Stage) -> None:
-    stage.networks[0].down = True
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (httpx.ConnectError, "cannot be reached"),
+        (httpx.ReadTimeout, "did not answer /v1/models in time"),  # it hangs
+        (httpx.RemoteProtocolError, "cannot be reached"),
+        (httpx.Response(500, text="engine dead"), "500 engine dead"),
+        (httpx.Response(200, text="<html>"), "something that is no JSON"),
+    ],
+)
+def test_a_replica_that_is_down_holds_up_no_other_and_is_brought_up_to_date_later(
+    stage: Stage, fault: httpx.Response | type[httpx.TransportError], reason: str
+) -> None:
+    stage.networks[0].fault = fault
     stage.want("a@v1")
     states = stage.reconciler.once()
     held, failed = stage.reconciler.outcome(["a@v1"], states)
     assert held == []
-    assert "cannot be reached" in failed["a@v1"]
+    assert reason in failed["a@v1"]
     assert stage.networks[1].loaded
-    stage.networks[0].down = False
+    stage.networks[0].fault = None
     assert stage.reconciler.outcome(["a@v1"], stage.reconciler.once())[0] == ["a@v1"]
 
 
