@@ -89,20 +89,25 @@ class Lane:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, function, kwargs = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = function(**kwargs)
-                    if inspect.isawaitable(result):
-                        result = asyncio.run(_await(result))
-                except BaseException as error:  # noqa: BLE001 foreign code, sys.exit() included; told by the future
-                    future.set_exception(_as_failure(error))
-                else:
-                    future.set_result(result)
+            _carry_out(*job)
+            del job  # an idle thread must not keep the session alive that it was called with
             with self._lock:
                 self._outstanding -= 1
         with self._lock:
             self._threads -= 1
+
+
+def _carry_out(future: Future[Any], function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function(**kwargs)
+        if inspect.isawaitable(result):
+            result = asyncio.run(_await(result))
+    except BaseException as error:  # noqa: BLE001 foreign code, sys.exit() included; told by the future
+        future.set_exception(_as_failure(error))
+    else:
+        future.set_result(result)
 
 
 class _LoopThread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from hook_nouns import make_session, make_trace
 from metaclaw_hooks import Reward, hookimpl
 from metaclaw_hooks.errors import PluginLoadError, UnknownHookError
 from metaclaw_hooks.plugins import HOOKS, Plugins, create_plugin_manager
+from metaclaw_hooks.types import Session
 
 
 def load(folder: Path | None = None, timeout: float = 5.0, **builtins: object) -> Plugins:
@@ -125,6 +127,24 @@ def test_a_hanging_hook_does_not_keep_the_process_alive() -> None:
     hanging = [t for t in threading.enumerate() if t.name == "metaclaw-hook-hangs"]
     assert hanging
     assert all(thread.daemon for thread in hanging)
+
+
+async def test_an_idle_plugin_keeps_no_session_alive() -> None:
+    plugins = load(reads=type("R", (), {"score_trace": hookimpl(lambda self, session: 0.5)})())
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, Session) and one.id == "watched" for one in gc.get_objects())
+
+    trace = make_trace(session="watched")
+    session = make_session(trace)
+    assert alive() == 1
+    await plugins.call("score_trace", trace=trace, next_trace=None, session=session)
+    del session
+    deadline = time.monotonic() + 10
+    while alive():
+        assert time.monotonic() < deadline, "the plugin's thread still holds what it was called with"
+        await asyncio.sleep(0.02)
 
 
 async def test_a_file_is_picked_up_changed_and_dropped_while_running(tmp_path: Path) -> None:
