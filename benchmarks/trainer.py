@@ -2,9 +2,8 @@
 
     python -m benchmarks.trainer [speed] [exact] [session] [agents] [--rounds N] [--json FILE]
 
-The reference side is written from the description of the fork's loop: one datum at a time with a graph of its own,
-gradient checkpointing, input embeddings trainable, log-softmax over all positions and the whole vocabulary. Each runs
-in a process of its own, rounds alternate, and CPU seconds are those of the process, so a busy machine counts little.
+Both sides (benchmarks/trainer_sides.py) run in a process of their own and take turns at every datum; CPU seconds are
+those of the process, so that a busy machine counts little.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,126 +20,39 @@ from typing import Any
 import torch
 from metaclaw_trainer.adapters import AdapterConfig, OptimiserOptions
 from metaclaw_trainer.batching import Datum
+from metaclaw_trainer.freed_memory import give_back
 from metaclaw_trainer.lora_engine import LoraEngine
-from metaclaw_trainer.losses import LossOptions
-from metaclaw_trainer.settings import SEVEN_PROJECTIONS, TrainerSettings
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from metaclaw_trainer.settings import SEVEN_PROJECTIONS
 
+from benchmarks.trainer_sides import KEY, LENGTHS, OPTIONS, Ours, Reference, Side, datum
 from demo.models import model_path
-
-LENGTHS = (128, 219, 311, 402, 494, 585, 677, 768)
-RESPONSE = 0.3  # share of a sequence that was sampled
-KEY = "bench"
-OPTIONS = LossOptions()  # the sum over tokens
-
-
-def datum(length: int, seed: int, spans: Sequence[tuple[int, int]] | None = None) -> Datum:
-    """Random token ids with ``spans`` of predicted tokens (default: the last 30 %)."""
-    chance = random.Random(seed)
-    tokens = torch.tensor([chance.randrange(49152) for _ in range(length)])
-    first = length - int(length * RESPONSE)
-    at = torch.tensor([i for start, end in (spans or [(first, length)]) for i in range(start, end)])
-    count = len(at)
-    return Datum(tokens[:-1], at - 1, tokens[at], torch.full((count,), -11.0), torch.linspace(-1.0, 1.0, count))
-
-
-class Reference:
-    """The fork's loop."""
-
-    def __init__(self, model: str, dtype: torch.dtype = torch.float32, embeddings: bool = True) -> None:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.config.use_cache = False
-        torch.manual_seed(0)
-        config = LoraConfig(r=16, lora_alpha=32, target_modules=list(SEVEN_PROJECTIONS), task_type="CAUSAL_LM")
-        self.model = get_peft_model(base, config)
-        if embeddings:
-            self.model.get_input_embeddings().weight.requires_grad_(True)
-        self.model.train()
-        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-
-    def forward_backward(self, datums: Sequence[Datum]) -> float:
-        total = 0.0
-        for one in datums:
-            logits = self.model(input_ids=one.input_ids_L[None]).logits[0].float()
-            targets = torch.zeros(one.length, dtype=torch.int64)
-            sampled, advantages, mask = (torch.zeros(one.length) for _ in range(3))
-            targets[one.predict_at_N], mask[one.predict_at_N] = one.targets_N, 1.0
-            sampled[one.predict_at_N], advantages[one.predict_at_N] = one.sampled_N, one.advantages_N
-            now = torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
-            loss = -(torch.exp(now - sampled) * advantages * mask).sum()
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-
-
-class Ours:
-    """The engine of this trainer."""
-
-    def __init__(self, model: str, **others: object) -> None:
-        values: dict[str, Any] = {"base_model": model, "device": "cpu", "dtype": "float32", "nice": 0, **others}
-        self.engine = LoraEngine(TrainerSettings.model_validate(values))
-        self.engine.create(KEY)
-
-    def forward_backward(self, datums: Sequence[Datum]) -> float:
-        return self.engine.forward_backward(KEY, datums, "importance_sampling", OPTIONS).loss
-
-    def step(self) -> None:
-        self.engine.optim_step(KEY, OptimiserOptions(1e-4))
-
-
-def side(name: str, model: str, rounds: int) -> None:
-    """One side of ``speed``: prints a JSON line for each round; waits for a line before each."""
-    torch.set_num_threads(1)
-    loop = Reference(model) if name == "reference" else Ours(model)
-    datums = [datum(length, seed) for seed, length in enumerate(LENGTHS)]
-    loop.forward_backward(datums[:1])
-    loop.step()
-    for _ in range(rounds):
-        sys.stdin.readline()
-        began = time.process_time()
-        loop.forward_backward(datums)
-        loop.step()
-        print(json.dumps({"cpu": time.process_time() - began, "peak": peak_mib()}), flush=True)
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def speed(model: str, rounds: int) -> dict[str, Any]:
-    """Tokens per CPU second and peak memory of both sides, rounds alternating."""
-    argv = [sys.executable, "-m", "benchmarks.trainer", "--model", model, "--rounds", str(rounds), "--side"]
-    sides = {
-        name: subprocess.Popen([*argv, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in ("reference", "ours")
-    }
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    """Tokens per CPU second and peak memory of both sides, who take turns at every datum."""
+    sides = {name: Side(name, model) for name in ("reference", "ours")}
+    work = [*map(str, range(len(LENGTHS))), "step"]
+    seen: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, process in sides.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            seen[name].append(json.loads(process.stdout.readline()))
-    for process in sides.values():
-        process.communicate()
+        spent = dict.fromkeys(sides, 0.0)
+        for what in work:
+            for name, one in sides.items():
+                spent[name] += one.do(what)
+        for name, seconds in spent.items():
+            seen[name].append(seconds)
     tokens = sum(length - 1 for length in LENGTHS)
     report: dict[str, Any] = {
         name: {
-            "tokens_per_cpu_second": tokens / statistics.median(one["cpu"] for one in rows),
-            "peak_mib": max(one["peak"] for one in rows),
+            "cpu_seconds": seen[name],
+            "tokens_per_cpu_second": tokens / statistics.median(seen[name]),
+            "peak_mib": one.peak,
         }
-        for name, rows in seen.items()
+        for name, one in sides.items()
     }
+    for one in sides.values():
+        one.close()
     pairs = zip(seen["reference"], seen["ours"], strict=True)
-    report["speed_ratio"] = statistics.median(theirs["cpu"] / mine["cpu"] for theirs, mine in pairs)
+    report["speed_ratio"] = statistics.median(theirs / mine for theirs, mine in pairs)
     report["memory_ratio"] = report["ours"]["peak_mib"] / report["reference"]["peak_mib"]
     return report
 
@@ -201,7 +110,12 @@ def session(model: str, rounds: int) -> dict[str, Any]:
 
 
 def agents(model: str, _rounds: int, count: int = 50) -> dict[str, Any]:
-    """Resident memory of many agents on one base, each after a step, and what it takes to switch."""
+    """Resident memory of many agents on one base, each after a step, and what it takes to switch.
+
+    A switch makes another agent's adapter the one that the model uses. ``paged`` is the same with room for ten in the
+    model, so that nearly every switch moves one out and one in; ``sum`` is what a batch of 256 tokens or more spends
+    once besides, on adding the adapter to a copy of the weights.
+    """
     ours = Ours(model)
     engine, small = ours.engine, [datum(24, 1)]
     config = AdapterConfig(16, 32.0, tuple(sorted(SEVEN_PROJECTIONS)))
@@ -214,29 +128,48 @@ def agents(model: str, _rounds: int, count: int = 50) -> dict[str, Any]:
         engine.optim_step(f"agent-{number}", OptimiserOptions(1e-4))
     grown = resident_mib() - before
     parameters = sum(weight.numel() for weight in engine.state("agent-0").weights.values())
-    expected = count * parameters * 4 * 3 / 2**20  # float32: weights and two moments
-    switches = []
-    for number in random.Random(0).choices(range(count), k=200):
-        began = time.perf_counter()
-        engine.page_in(f"agent-{number}")
-        engine.shelf.activate(f"agent-{number}")
-        switches.append((time.perf_counter() - began) * 1000)
-    engine.page_out("agent-7")
-    began = time.perf_counter()
-    engine.page_in("agent-7")
+    order = random.Random(0).choices(range(count), k=200)
+    hot = [_switch(engine, number) for number in order]
+    sums = [_milliseconds(lambda n=number: _add_up(engine, n)) for number in order[:10]]  # type: ignore[misc]
+    engine.shelf.free_memory()
+    engine.shelf._max_hot = 10
+    engine.create("one-more", config)
+    paged = [_switch(engine, number) for number in order]
     return {
         "agents": count,
         "grown_mib": grown,
-        "adapters_and_moments_mib": expected,
-        "switch_ms_median": statistics.median(switches),
-        "switch_ms_max": max(switches),
-        "page_in_ms": (time.perf_counter() - began) * 1000,
+        "adapters_and_moments_mib": count * parameters * 4 * 3 / 2**20,  # float32: weights and two moments
+        "switch_ms": {"median": statistics.median(hot), "max": max(hot)},
+        "paged_switch_ms": {"median": statistics.median(paged), "max": max(paged)},
+        "sum_ms": {"median": statistics.median(sums), "max": max(sums)},
     }
 
 
+def _switch(engine: LoraEngine, number: int) -> float:
+    def switch() -> None:
+        engine.page_in(f"agent-{number}")
+        engine.shelf.activate(f"agent-{number}")
+
+    return _milliseconds(switch)
+
+
+def _add_up(engine: LoraEngine, number: int) -> None:
+    engine.shelf.moved()
+    with engine.shelf.using(f"agent-{number}", 10_000):
+        pass
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1000
+
+
 def resident_mib() -> float:
+    """Of this process, without what it has freed."""
     import psutil
 
+    give_back()
     return float(psutil.Process().memory_info().rss) / 2**20
 
 
@@ -254,12 +187,8 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder of the base model (default: SmolLM2-135M)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/trainer.json"))
-    parser.add_argument("--side", choices=["reference", "ours"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     model = given.model or str(model_path("smollm2-135m"))
-    if given.side:
-        side(given.side, model, given.rounds)
-        return
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     report = {}

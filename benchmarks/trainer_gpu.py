@@ -2,11 +2,12 @@
 
     python -m benchmarks.trainer_gpu [--shape qwen3-8b|tiny] [--device cuda] [--rounds 3] [--peak-tflops N]
 
-Sides: the fork's loop as benchmarks/trainer.py describes it, ours, and ours with activations computed twice. For each
-length: tokens per second, peak memory, and the share of the device's peak that useful arithmetic takes: 4 FLOP per
-token and frozen weight of the layers (forward, and the gradient of the input; weights have none), the same for the head
-at sampled positions alone, and causal attention's products. What is computed twice counts once. The shape ``tiny`` runs
-on a CPU, to try the script.
+Sides: the fork's loop as benchmarks/trainer.py describes it; ours, as it is; ours with activations computed twice, with
+packed passes and variable-length attention, and with the logits of all answers at once instead of in chunks. Batches:
+one of each length, and one of mixed lengths. Shown: tokens per second, peak memory, and the share of the device's peak
+that useful arithmetic takes: 4 FLOP per token and frozen weight of the layers (forward, and the gradient of the input;
+weights have none), the same for the head at sampled positions alone, and causal attention's products. What is computed
+twice counts once. The shape ``tiny`` runs on a CPU, to try the script.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from metaclaw_trainer import forward
 from metaclaw_trainer.adapters import AdapterConfig, OptimiserOptions
 from metaclaw_trainer.base_model import adopt
 from metaclaw_trainer.batching import Datum
@@ -29,6 +31,8 @@ from metaclaw_trainer.losses import LossOptions
 from metaclaw_trainer.settings import SEVEN_PROJECTIONS, TrainerSettings
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
+
+from benchmarks.packed_pass import NAME, PackedEngine
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 RESPONSE, RANK, KEY = 0.3, 32, "bench"
@@ -52,10 +56,11 @@ def model_of(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def datums(length: int, vocabulary: int, tokens: int) -> list[Datum]:
-    """As many sequences of ``length`` as make about ``tokens`` tokens."""
-    found = []
-    for seed in range(max(1, tokens // length)):
+def datums(lengths: Sequence[int], vocabulary: int, tokens: int) -> list[Datum]:
+    """Sequences whose lengths go round ``lengths``, together about ``tokens`` tokens."""
+    found: list[Datum] = []
+    while not found or sum(one.length for one in found) + lengths[len(found) % len(lengths)] <= tokens:
+        length, seed = lengths[len(found) % len(lengths)], len(found)
         ids = torch.randint(0, vocabulary, (length + 1,), generator=torch.Generator().manual_seed(seed))
         at = torch.arange(length - int(length * RESPONSE), length)
         count = len(at)
@@ -75,9 +80,14 @@ def useful_flops(shape: str, batch: Sequence[Datum]) -> float:
     return total
 
 
-def ours(model: Any, device: torch.device, dtype: torch.dtype, recompute: bool) -> Callable[[Sequence[Datum]], None]:
+def ours(
+    model: Any, device: torch.device, dtype: torch.dtype, recompute: bool = False, packed: bool = False
+) -> Callable[[Sequence[Datum]], None]:
     values = {"rank": RANK, "gradient_checkpointing": recompute, "micro_batch_tokens": 16384, "nice": 0}
-    engine = LoraEngine(TrainerSettings.model_validate(values), adopt(model, "bench", device, dtype))
+    if packed:
+        model.set_attn_implementation(NAME)
+    base = adopt(model, "bench", device, dtype)
+    engine = (PackedEngine if packed else LoraEngine)(TrainerSettings.model_validate(values), base)
     engine.create(KEY, AdapterConfig(RANK, 64.0, tuple(sorted(SEVEN_PROJECTIONS))))
 
     def step(batch: Sequence[Datum]) -> None:
@@ -85,6 +95,19 @@ def ours(model: Any, device: torch.device, dtype: torch.dtype, recompute: bool) 
         engine.optim_step(KEY, OptimiserOptions(1e-5))
 
     return step
+
+
+def whole_logits(step: Callable[[Sequence[Datum]], None]) -> Callable[[Sequence[Datum]], None]:
+    """The same step with one chunk for the output layer, its softmax kept."""
+
+    def stepped(batch: Sequence[Datum]) -> None:
+        kept, forward.KEEP_ROWS = forward.KEEP_ROWS, 2**31
+        try:
+            step(batch)
+        finally:
+            forward.KEEP_ROWS = kept
+
+    return stepped
 
 
 def reference(model: Any, device: torch.device) -> Callable[[Sequence[Datum]], None]:
@@ -151,16 +174,20 @@ def main() -> None:
         parser.error(f"the peak of {name} is not known here: give --peak-tflops")
     sides: dict[str, Callable[[Any], Callable[[Sequence[Datum]], None]]] = {
         "reference": lambda model: reference(model, device),
-        "ours": lambda model: ours(model, device, dtype, recompute=False),
+        "ours": lambda model: ours(model, device, dtype),
         "ours, recomputed": lambda model: ours(model, device, dtype, recompute=True),
+        "ours, packed": lambda model: ours(model, device, dtype, packed=True),
+        "ours, packed and recomputed": lambda model: ours(model, device, dtype, recompute=True, packed=True),
+        "ours, whole logits": lambda model: whole_logits(ours(model, device, dtype)),
     }
     rows = []
     for side, make in sides.items():
         step = make(model_of(given.shape, device, dtype))
-        for length in given.lengths:
-            batch = datums(length, SHAPES[given.shape]["vocab_size"], given.tokens)
+        for lengths in [*([length] for length in given.lengths), given.lengths]:
+            batch = datums(lengths, SHAPES[given.shape]["vocab_size"], given.tokens)
             found = measure(step, batch, device, given.rounds)
-            row: dict[str, Any] = {"side": side, "length": length, "sequences": len(batch), "device": name}
+            shown = lengths[0] if len(lengths) == 1 else "mixed"
+            row: dict[str, Any] = {"side": side, "length": shown, "sequences": len(batch), "device": name}
             if found is None:
                 row["failed"] = "out of memory"
             else:
