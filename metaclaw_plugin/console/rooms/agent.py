@@ -51,7 +51,7 @@ def agent(request: Request, name: Name, visitor: Looking) -> Response:
         visitor=visitor,
         agent=figures,
         record=record,
-        global_mode=house.settings.mode.value,
+        global_mode=(record.global_mode or house.settings.mode).value,
         modes=[mode.value for mode in Mode],
         versions=list(reversed(versions))[:VERSIONS],
         more_versions=len(numbers) > VERSIONS,
