@@ -90,9 +90,9 @@ async def ask(session: aiohttp.ClientSession, side: Side, messages: list[dict[st
     headers = {"authorization": f"Bearer {side.key}"}
     first, pieces, started = 0.0, 0, time.perf_counter()
     async with session.post(f"{side.url}/v1/chat/completions", json=body, headers=headers) as response:
-        async for _, _ in response.content.iter_chunks():
+        async for data, _ in response.content.iter_chunks():
             first = first or time.perf_counter()
-            pieces += 1
+            pieces += bool(data)  # the end of a piece may come by itself
         if response.status != 200:
             raise SystemExit(f"{side.name} answered {response.status}")
     return Timing(first - started, time.perf_counter() - started, pieces)

@@ -45,7 +45,7 @@ def new_key(gateway: GatewayServer, **body: Any) -> str:
 
 def call(gateway: GatewayServer, method: str, path: str, key: str, **more: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"} | more.pop("headers", {})
-    return httpx.request(method, gateway.url + path, headers=headers, timeout=60, **more)
+    return httpx.request(method, gateway.url + path, headers=headers, timeout=60, verify=False, **more)
 
 
 def chat(gateway: GatewayServer, key: str, model: str = "openclaw", **headers: str) -> httpx.Response:
