@@ -93,5 +93,5 @@ def _explain(request: Request, error: Exception) -> Response:
         logger.error("the store does not answer: %s", type(error).__name__)
         return page(request, "error.html", 503, title="The store does not answer", problem="Try again in a moment.")
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), 400)
-    title = {403: "Not allowed", 404: "Not there", 503: "The store does not answer"}.get(status, "That did not work")
+    title = {403: "Not allowed", 404: "Not there", 503: "The store cannot be read"}.get(status, "That did not work")
     return page(request, "error.html", status, title=title, problem=str(error))

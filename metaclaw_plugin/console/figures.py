@@ -15,10 +15,19 @@ from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.status.collect import Running
 from metaclaw_plugin.status.store_reader import StoredAgent
 from metaclaw_plugin.status.why import why_not_training
-from metaclaw_plugin.store.adapters import RouteRow, VersionRecord, get_route, list_versions
+from metaclaw_plugin.store.adapters import RouteRow, get_route
 from metaclaw_plugin.store.agents import AgentRecord
 from metaclaw_plugin.store.facts import get_fact
-from metaclaw_plugin.store.recent import CAP, NEWEST, Newest, count_traces, count_unforwarded, newest_traces
+from metaclaw_plugin.store.recent import (
+    CAP,
+    NEWEST,
+    Decided,
+    Newest,
+    count_traces,
+    count_unforwarded,
+    newest_decision,
+    newest_traces,
+)
 from metaclaw_plugin.worker.modes import WINDOWS_FACT
 
 HOUR = 3600.0
@@ -87,19 +96,16 @@ def spark_points(rewards: Sequence[float]) -> str:
     return " ".join(points)
 
 
-def last_decision(records: Sequence[VersionRecord], route: RouteRow) -> str:
-    """The newest decision about a version, in one sentence; ``records`` by ascending number."""
-    decided = [record for record in records if record.decided_at is not None]
-    if not decided:
+def last_decision(decided: Decided | None, route: RouteRow) -> str:
+    """The newest decision about a version, in one sentence."""
+    if decided is None:
         return "the base model serves; no version was decided about yet"
-    newest = max(decided, key=lambda record: record.decided_at or 0.0)
-    sentence = str((newest.decision or {}).get("sentence") or f"v{newest.version.number}: {newest.shown_state}")
-    number = newest.version.number
-    if number != route.version:
+    sentence = str(decided.decision.get("sentence") or f"v{decided.number}: decided without a word")
+    if decided.number != route.version:
         return sentence
-    when = time.strftime("%H:%M", time.gmtime(newest.decided_at))
-    rest = sentence.removeprefix(f"v{number}:").strip().removesuffix(", serving")
-    return f"v{number} serves since {when} UTC: {rest}"
+    when = time.strftime("%H:%M", time.gmtime(decided.at))
+    rest = sentence.removeprefix(f"v{decided.number}:").strip().removesuffix(", serving")
+    return f"v{decided.number} serves since {when} UTC: {rest}"
 
 
 def worker_of(c: Connection) -> tuple[str, float] | None:
@@ -112,7 +118,6 @@ def agent_figures(c: Connection, record: AgentRecord, settings: Settings, runnin
     """The agent's row of the overview."""
     newest = newest_traces(c, record.name)
     route = get_route(c, record.name)
-    versions = list_versions(c, record.name, since=max(0, route.version - 3))
     rewards = [trace.reward for trace in reversed(newest) if trace.reward is not None and trace.kind == "main"]
     mean, half = mean_and_half(rewards[-FEW:])
     total = len(newest) if len(newest) < NEWEST else count_traces(c, record.name)
@@ -129,7 +134,7 @@ def agent_figures(c: Connection, record: AgentRecord, settings: Settings, runnin
         own_mode=record.mode is not None,
         version=route.version,
         canary=route.canary,
-        decision=last_decision(versions, route),
+        decision=last_decision(newest_decision(c, record.name), route),
         traces=capped(total),
         per_hour=traffic(newest, now),
         last_at=newest[0].finished_at if newest else None,

@@ -5,6 +5,7 @@ What is counted is therefore counted among an agent's newest traces, or up to a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from metaclaw_plugin.store.schema import adapters, sessions, skill_rounds, traces
+from metaclaw_plugin.store.schema import adapters, sessions, traces
 
 NEWEST = 100  # traces of an agent that its figures are about
 CAP = 1_000  # up to which things are counted
 WHOLE = 3_000  # traces of an agent whose curve is made of all of them
 RANGES = 60  # of a longer history, and how many traces are read at the start of each
 IN_RANGE = 50
+DECIDED = 20  # newest versions of an agent among which the last decision is looked for
 
 _T = traces.c
 _NEWEST = (
@@ -70,6 +72,15 @@ class Newest:
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """What the worker or the owner decided about a version."""
+
+    number: int
+    decision: Mapping[str, Any]
+    at: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """An agent's rewards over its life, oldest first: (finished_at, reward), of all its traces or a sample of them."""
 
@@ -117,11 +128,12 @@ def reward_history(c: Connection, agent: str) -> History:
     return History(found, sampled)
 
 
-def newest_rounds(c: Connection, agent: str, limit: int = 10) -> list[sa.Row[tuple[object, ...]]]:
-    """The latest rounds of the agent's skill evolution, newest first."""
-    rounds = skill_rounds.c
-    query = sa.select(rounds.at, rounds.state, rounds.model, rounds.detail).where(rounds.agent == agent)
-    return list(c.execute(query.order_by(rounds.at.desc()).limit(limit)))
+def newest_decision(c: Connection, agent: str) -> Decided | None:
+    """The newest decision about one of the agent's ``DECIDED`` newest versions; ``None`` if none was decided about."""
+    a = adapters.c
+    newest = sa.select(a.number, a.decision, a.decided_at).where(a.agent == agent).order_by(a.number.desc())
+    rows = [Decided(row.number, row.decision or {}, row.decided_at) for row in c.execute(newest.limit(DECIDED))]
+    return max((row for row in rows if row.at is not None), key=lambda row: row.at or 0.0, default=None)
 
 
 def newest_version_numbers(c: Connection, agent: str, limit: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from metaclaw_plugin.console.house import House
 from metaclaw_plugin.settings import ConsoleSettings, RlSettings, Settings, SkillSettings
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.agents import add_agent
-from metaclaw_plugin.store.engine import insert_or_ignore
+from metaclaw_plugin.store.engine import insert_or_ignore, open_store
 from metaclaw_plugin.store.traces import insert_traces
 from tests.store_cases import a_trace
 
@@ -60,8 +61,20 @@ class Browser:
         self.get("/")
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables: to copy it takes less than to make one."""
+    path = tmp_path_factory.mktemp("empty") / "metaclaw.db"
+    engine = open_store(f"sqlite:///{path}")
+    with engine.connect() as c:
+        c.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    engine.dispose()
+    return path
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, empty_store: Path) -> Settings:
+    shutil.copy(empty_store, tmp_path / "metaclaw.db")
     return Settings(
         home=tmp_path,
         console=ConsoleSettings(key=KEY, salt_key=SALT),

@@ -43,9 +43,13 @@
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   }
 
+  function small(value) {
+    return value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1) : String(+value.toPrecision(4));
+  }
+
   function axes(format) {
     const shared = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
-    return [{ ...shared, ...(format || {}) }, shared];
+    return [{ ...shared, ...(format || {}) }, { ...shared, size: 60, values: (_, ticks) => ticks.map(small) }];
   }
 
   function marksPlugin(marks) {
