@@ -131,7 +131,8 @@ class Tee:
             answer = web.StreamResponse(status=said.status, headers=kept)
             await answer.prepare(request)
             async for data, _ in said.content.iter_chunks():
-                exchange.pieces.append(data)
-                await answer.write(data)
+                if data:  # the end of a piece may come by itself
+                    exchange.pieces.append(data)
+                    await answer.write(data)
             await answer.write_eof()
         return answer
