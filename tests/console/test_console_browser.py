@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -25,7 +27,8 @@ from metaclaw_plugin.store.adapters import get_route
 from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.rewards import put_rewards
 from tests.chromium import PATIENCE, running_chromium, watched
-from tests.console.conftest import KEY, store_traces
+from tests.console.conftest import KEY, SALT, store_traces
+from tests.console.test_console_access import claim
 from tests.console.test_console_pages import hostile_trace
 from tests.plugin.test_routing_pick import serve
 from tests.store_cases import a_trace
@@ -38,15 +41,16 @@ MORE = ("/skills/_shared/be-brief", "/skills/alpha", "/health", "/nowhere")
 class Running:
     url: str
     house: House
+    outside: int  # the port of the one page that may show it
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Running]:
     """A served console over a store with a bit of everything."""
-    port = free_port()
+    port, outside = free_port(), free_port()
     settings = Settings(
         home=tmp_path_factory.mktemp("console"),
-        console=ConsoleSettings(key=KEY, port=port),
+        console=ConsoleSettings(key=KEY, port=port, salt_key=SALT, admin_ui=[f"http://localhost:{outside}"]),
         skills=SkillSettings(starter=False),
         rl=RlSettings(remote_url="http://127.0.0.1:9"),
     )
@@ -75,7 +79,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], in
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    yield Running(f"http://127.0.0.1:{port}", house)
+    yield Running(f"http://127.0.0.1:{port}", house, outside)
     server.should_exit = True
     thread.join(10)
 
@@ -212,6 +216,56 @@ def test_markup_that_got_onto_a_page_would_still_run_nothing(chromium: Browser, 
     assert page.evaluate("getComputedStyle(document.getElementById('cover')).position") == "static"
     assert len(stopped) >= 3
     page.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_page_that_may_show_us_signs_in_by_a_claim_and_stays_signed_in(
+    chromium: Browser, running: Running, host: str
+) -> None:
+    """The page does what LiteLLM's admin UI does; in test_console_admin_ui.py it is the admin UI itself."""
+    ours = running.url.replace("127.0.0.1", host)
+    text = claim(user_role="proxy_admin_viewer")
+    script = (
+        "const frame = document.querySelector('iframe');"
+        f"frame.addEventListener('load', () => frame.contentWindow.postMessage("
+        f"{{type: 'litellm-auth', session_claim: '{text}'}}, '{ours}'));"
+    )
+    html = f"<iframe src='{ours}/' width='900' height='700'></iframe><script>{script}</script>"
+    with pages_at(running.outside, html):
+        page = chromium.new_page()
+        wrong = watched(page)
+        page.goto(f"http://localhost:{running.outside}/")
+        inside = page.frame_locator("iframe")
+        expect(inside.get_by_text("ann (looks only)")).to_be_visible(timeout=PATIENCE)
+        inside.get_by_role("link", name="alpha").first.click()
+        expect(inside.get_by_role("heading", name="Learning curve")).to_be_visible(timeout=PATIENCE)
+        expect(inside.get_by_role("button", name="Promote")).to_have_count(0)
+        assert wrong == []
+        page.close()
+
+
+@contextmanager
+def pages_at(port: int, html: str) -> Iterator[None]:
+    """A server whose every page is ``html``."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(html.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_page_of_another_origin_may_not_show_us(chromium: Browser, running: Running) -> None:
