@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from metaclaw_trainer.api import agents, fork, health, samples, sampling, versions
+from metaclaw_trainer.api import agents, fork, health, hooks, samples, sampling, versions
 
 DOCS = Path(__file__).parents[2] / "docs" / "trainer.md"
 
@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "trainer.md"
 def test_the_page_names_every_route_and_no_other() -> None:
     text = DOCS.read_text(encoding="utf-8")
     named = {re.sub(r"AGENT|SESSION|NAME|FILE", "*", path) for path in re.findall(r"/v1/[A-Za-z_/]+|/metrics", text)}
-    routers = (agents, fork, health, samples, sampling, versions)
+    routers = (agents, fork, health, hooks, samples, sampling, versions)
     real = {re.sub(r"\{[a-z_]+\}", "*", route.path) for room in routers for route in room.router.routes}
     assert named == real
 
