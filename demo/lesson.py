@@ -105,9 +105,16 @@ class Lesson:
         return [(end, _mean(self.rewards[max(0, end - WINDOW) : end])) for end in ends if end]
 
     def interactions_to_gain(self) -> int | None:
-        """How many interactions until the curve was ``GAIN`` above the exam before the lesson; None: never."""
-        start = self.before.reward if self.before is not None else 0.0
-        return next((count for count, reward in self.curve() if reward >= start + GAIN), None)
+        """How many interactions it took to gain ``GAIN``; None: more than there were.
+
+        On the curve, from its first window: exam and lesson ask different questions, so one is no start for the other.
+        A curve that starts high has no room for it; where the exam shows the gain, it took at most the whole lesson.
+        """
+        curve = self.curve()
+        found = next((count for count, reward in curve if reward >= curve[0][1] + GAIN), None)
+        if found is None and self.before and self.after and self.after.reward - self.before.reward >= GAIN:
+            return len(self.rewards)
+        return found
 
 
 async def practise_together(

@@ -6,6 +6,7 @@ The base model is asked apart from the system, after it has ended: vLLM's CPU bu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ class BaseModel:
     """The base model in float32 on the CPU, for scoring texts."""
 
     def __init__(self, path: Path) -> None:
+        # Threads that wait for one another without computing cost most where something else runs beside them.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 

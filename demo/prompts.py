@@ -27,12 +27,12 @@ _TOPICS = _words(
     "an island, stories, tea, a bus trip, mountains, paper, dancing, a birthday, shoes, fire, a letter, sunlight, rice"
 )
 
-# The base model answers these, on average, as long as the training forms (176 characters); else the exam before the
-# lesson would be no measure for the gain within it.
+# The base model answers these with 159 characters on average, the training forms with 176: near the 165 at which the
+# rewards of both agents change sign, so that neither starts with most of what it can earn.
 _HELD_OUT_FORMS = (
     "What is {}, in one sentence?",
     "Name one good thing about {}.",
-    "What should I know about {}?",
+    "Tell me in one sentence about {}.",
     "How would you tell a child about {}?",
 )
 _HELD_OUT_TOPICS = _words(

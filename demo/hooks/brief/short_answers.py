@@ -5,4 +5,4 @@ def score_trace(trace):
     text = trace.response_text
     if len(text.split()) < 3:
         return -1.0
-    return max(-1.0, min(1.0, (170 - len(text)) / 50))
+    return max(-1.0, min(1.0, (165 - len(text)) / 50))
