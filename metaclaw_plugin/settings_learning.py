@@ -147,7 +147,7 @@ class VllmSettings(Section):
     )
     adapters: Literal["shared", "fetched"] = Field(
         "shared",
-        description="shared: vLLM reads the trainer's folders; fetched: a vLLM on another machine fetches them over HTTP.",
+        description="shared: vLLM reads the trainer's folders; fetched: one on another machine fetches them by HTTP.",
     )
     lora_targets: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Extra -> (commands that must work, modules that must be there, modules that must not).
 EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "": (("--help", "--version", "status"), ("metaclaw_hooks",), ("litellm", "torch", "sqlalchemy")),
-    "gateway": (("--version", "agents add one", "agents list"), ("litellm", "alembic", "snowballstemmer"), ("torch", "vllm")),
+    "gateway": (("--version", "agents add one", "agents list"), ("litellm", "jinja2", "icalendar"), ("torch", "vllm")),
     "gateway,postgres": (("status",), ("litellm", "psycopg"), ("torch",)),
     "trainer": (("--version", "trainer --help"), ("torch", "transformers", "peft", "metaclaw_trainer"), ("litellm",)),
     "rl,evolve": (("--version",), ("torch", "litellm"), ("vllm",)),
