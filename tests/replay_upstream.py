@@ -78,6 +78,7 @@ class ReplayUpstream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(_end_others(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -127,3 +128,11 @@ class ReplayUpstream:
         if streams:
             writer.write(b"0\r\n\r\n")
         return True
+
+
+async def _end_others() -> None:
+    """End every connection that is still being served, so that none is left to a loop that is closed."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
