@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,25 +19,16 @@ from metaclaw_trainer.freed_memory import keep_freed_memory
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.trainer_projections import HIDDEN, RANK, SHAPES
+from benchmarks.trainer_projections import HIDDEN, RANK, SHAPES, least
 from benchmarks.trainer_sides import LENGTHS, RESPONSE
 
+RUNS = 5
 LAYERS, VOCABULARY, HEADS, KEY_HEADS, HEAD_SIZE = 30, 49152, 9, 3, 64
-
-
-def least(work: Callable[[], object], runs: int = 5) -> float:
-    work()
-    seconds = []
-    for _ in range(runs):
-        began = time.process_time()
-        work()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
 
 
 def product(rows: int, inner: int, columns: int) -> float:
     a, b = torch.randn(rows, inner), torch.randn(columns, inner)
-    return least(lambda: F.linear(a, b))
+    return least(lambda: F.linear(a, b), RUNS)
 
 
 def attention(tokens: int) -> tuple[float, float]:
@@ -51,8 +40,8 @@ def attention(tokens: int) -> tuple[float, float]:
         return F.scaled_dot_product_attention(*shape, is_causal=True, enable_gqa=True)
 
     with torch.no_grad():
-        alone = least(forward)
-    return alone, least(lambda: forward().backward(along))  # type: ignore[no-untyped-call]
+        alone = least(forward, RUNS)
+    return alone, least(lambda: forward().backward(along), RUNS)  # type: ignore[no-untyped-call]
 
 
 def seconds_of(tokens: int) -> dict[str, dict[str, float]]:

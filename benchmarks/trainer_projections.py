@@ -37,13 +37,14 @@ def ways(out: int, into: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def least(work: Callable[[], object], runs: int = 7) -> float:
+    """Processor seconds of the quickest of ``runs`` runs, after one that does not count."""
     work()
     seconds = []
     for _ in range(runs):
         began = time.process_time()
         work()
         seconds.append(time.process_time() - began)
-    return min(seconds) * 1000
+    return min(seconds)
 
 
 def main() -> None:
@@ -59,7 +60,8 @@ def main() -> None:
         for out, into in SHAPES:
             x, grad = torch.randn(tokens, into, requires_grad=True), torch.randn(tokens, out)
             for name, forward in ways(out, into).items():
-                row[name] = row.get(name, 0.0) + least(lambda x=x, f=forward, g=grad: f(x).backward(g))  # type: ignore[misc]
+                seconds = least(lambda x=x, f=forward, g=grad: f(x).backward(g))  # type: ignore[misc]
+                row[name] = row.get(name, 0.0) + seconds * 1000
         rows.append(row)
         print(json.dumps(row), flush=True)
     given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from metaclaw_hooks.types import AdapterVersion
+from metaclaw_hooks.wire import ADAPTER_FILES, ADAPTER_WEIGHTS
 
 from metaclaw_plugin.adapter_files import fetch_adapter
 from metaclaw_plugin.errors import ExportError
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"  # ours; PEFT passes over it
 
 
@@ -33,7 +32,7 @@ def export_version(version: AdapterVersion, folder: Path, trainer: str, headers:
     if folder.exists():
         raise ExportError(f"{folder} exists already; name a new folder")
     source = Path(version.path)
-    if (source / WEIGHTS).is_file():
+    if (source / ADAPTER_WEIGHTS).is_file():
         _write(version, source, folder)
         return
     with tempfile.TemporaryDirectory(dir=_existing(folder.absolute().parent)) as temporary:
@@ -65,16 +64,17 @@ def _existing(folder: Path) -> Path:
 
 
 def _write(version: AdapterVersion, source: Path, folder: Path) -> None:
-    with (source / WEIGHTS).open("rb") as stream:
+    weights = source / ADAPTER_WEIGHTS
+    with weights.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != version.sha256:
-        raise ExportError(f"{source / WEIGHTS} is damaged: its sha256 is {digest[:12]}, not {version.sha256[:12]}")
+        raise ExportError(f"{weights} is damaged: its sha256 is {digest[:12]}, not {version.sha256[:12]}")
     partial = folder.with_name(folder.name + ".partial")
     manifest = dataclasses.asdict(version) | {"state": str(version.state), "trace_ids": list(version.trace_ids)}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in (WEIGHTS, CONFIG):
+        for name in ADAPTER_FILES:
             shutil.copyfile(source / name, partial / name)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         partial.rename(folder)

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from metaclaw_hooks.types import AdapterVersion, Sample, SampleTurn, VersionState
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what PEFT and vLLM load, in a version's folder
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)  # what PEFT and vLLM load, in a version's folder
 SHA256_HEADER = "x-sha256"  # of an adapter's file, in hexadecimal
 # A vLLM without the trainer's disk keeps what it fetched at .../metaclaw-mirror/<the path on the trainer's machine>.
 ADAPTER_MIRROR = "metaclaw-mirror"

@@ -32,9 +32,7 @@ class Answer:
 
 def look_at_agreement(settings: Settings) -> Iterator[Finding]:
     """Nothing, if one of the two does not answer: that is told elsewhere."""
-    key = settings.rl.remote_api_key
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    trainer = settings.rl.remote_url.rstrip("/")
+    trainer, headers = settings.rl.remote_url.rstrip("/"), settings.rl.headers
     with httpx.Client(timeout=120.0, trust_env=False) as http:
         try:
             answer = _sample(http, settings)

@@ -100,8 +100,7 @@ def _trainer(http: httpx.Client, settings: Settings) -> Iterator[Finding]:
     url = settings.rl.remote_url.rstrip("/")
     try:
         health = http.get(f"{url}/v1/health")
-        key = settings.rl.remote_api_key
-        known = http.get(f"{url}/v1/agents", headers={"Authorization": f"Bearer {key}"} if key else {})
+        known = http.get(f"{url}/v1/agents", headers=settings.rl.headers)
     except httpx.HTTPError:
         yield warning("trainer", f"does not answer at {url}", START)
         return
