@@ -271,8 +271,8 @@ def pages_at(port: int, html: str) -> Iterator[None]:
 def test_a_page_of_another_origin_may_not_show_us(chromium: Browser, running: Running) -> None:
     page = chromium.new_page()
     page.goto("data:text/html,<title>other</title>")
-    page.evaluate(f"document.body.innerHTML = '<iframe src=\"{running.url}/\"></iframe>'")
-    time.sleep(1.0)
+    with page.expect_event("requestfailed", lambda request: request.url == f"{running.url}/"):
+        page.evaluate(f"document.body.innerHTML = '<iframe src=\"{running.url}/\"></iframe>'")
     frame = page.frames[-1]
     assert "Console key" not in frame.content()
     page.close()
