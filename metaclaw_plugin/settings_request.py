@@ -23,6 +23,22 @@ class GatewaySettings(Section):
     upstream_key_header: str | None = Field(
         None, description="Header in which callers may send their own key for the listed deployments; unset: none."
     )
+    open_routes: list[str] = Field(
+        default_factory=list,
+        description="Further routes of LiteLLM that agents' keys may call, as paths with `*`, such as `/v1/files*`; a "
+        "key may always ask models, list them, and call MetaClaw's own routes.",
+    )
+    admin_key: str | None = Field(
+        None,
+        min_length=1,
+        description="LiteLLM's master key: in its database mode the worker shows the agents on its Models and Virtual "
+        "Keys pages; os.environ/NAME reads a variable; unset: it does not.",
+    )
+
+    @field_validator("admin_key")
+    @classmethod
+    def _from_environment(cls, value: str | None) -> str | None:
+        return resolve_secret(value)
 
 
 class StoreSettings(Section):

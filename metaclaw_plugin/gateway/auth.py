@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from litellm.proxy._types import LitellmUserRoles, ProxyException, UserAPIKeyAuth
+from litellm.proxy.auth.auth_utils import get_request_route
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import MetaclawError
@@ -16,6 +17,7 @@ from metaclaw_plugin.gateway.dialects import dialect_of
 from metaclaw_plugin.gateway.identity import CLAIM, internal_key
 from metaclaw_plugin.gateway.keys import KeyCache
 from metaclaw_plugin.gateway.process import this_process
+from metaclaw_plugin.gateway.reach import is_open
 from metaclaw_plugin.store.agents import hash_key
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:
     """Who calls.
 
     Raises:
-        ProxyException: 401 for a missing, unknown or revoked key; 503 if the store does not answer.
+        ProxyException: 401 for a missing, unknown or revoked key; 403 for a route that is for admins; 503 if the store
+            does not answer.
     """
     if not api_key:
         raise _refusal(request, "no API key given: send it as 'Authorization: Bearer KEY'")
@@ -39,6 +42,7 @@ async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:
         raise ProxyException(message=message, type="server_error", param=None, code=503) from error
     if found is None:
         raise _refusal(request, "this API key is unknown or revoked; `metaclaw agents add NAME` makes one")
+    _refuse_closed_routes(request, found)
     return found
 
 
@@ -70,6 +74,18 @@ def _master_key() -> str | None:
 
     key = proxy_server.master_key
     return key if isinstance(key, str) and key else None
+
+
+def _refuse_closed_routes(request: Request, auth: UserAPIKeyAuth) -> None:
+    """Raise a 403 unless the key may call what it calls; LiteLLM itself asks nothing of keys that pass here."""
+    route = get_request_route(request)
+    if auth.user_role == LitellmUserRoles.PROXY_ADMIN or is_open(route, this_process().settings.gateway.open_routes):
+        return
+    message = (
+        f"{route[:80]!r} is not for agents' keys: LiteLLM's master key opens it, or "
+        "metaclaw.gateway.open_routes in the gateway's config"
+    )
+    raise ProxyException(message=message, type="permission_error", param=None, code=403)
 
 
 def _refusal(request: Request, message: str) -> ProxyException:

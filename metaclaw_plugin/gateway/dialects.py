@@ -11,7 +11,7 @@ Dialect = Literal["chat", "messages", "responses"]
 Message = dict[str, Any]
 
 _PATHS: tuple[tuple[re.Pattern[str], Dialect], ...] = (
-    (re.compile(r"(/openai)?(/v1)?/chat/completions|/(engines|openai/deployments)/[^/]+/chat/completions"), "chat"),
+    (re.compile(r"(/openai)?(/v1)?/chat/completions|/(engines|openai/deployments)/.+/chat/completions"), "chat"),
     (re.compile(r"/v1/messages"), "messages"),
     (re.compile(r"(/openai)?(/v1)?/responses"), "responses"),
 )

@@ -9,15 +9,18 @@ from typing import Any
 from fastapi import Depends, HTTPException, Response
 from litellm.proxy import proxy_server
 from litellm.proxy._types import LitellmUserRoles
+from litellm.proxy.auth.auth_utils import request_fallback_model_names
 from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
 from metaclaw_plugin.errors import ForbiddenAgentError, MetaclawError, UnknownAgentError
 from metaclaw_plugin.gateway import routes
-from metaclaw_plugin.gateway.current import CURRENT
+from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
 from metaclaw_plugin.gateway.dialects import CALL_TYPES
 from metaclaw_plugin.gateway.edge import Edge
-from metaclaw_plugin.gateway.identity import CLAIM, KeyFacts
+from metaclaw_plugin.gateway.identity import CLAIM, MODEL_PREFIX, KeyFacts
 from metaclaw_plugin.gateway.limits import too_many
+from metaclaw_plugin.gateway.reach import forbidden_model
+from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
 from metaclaw_plugin.gateway.runtime import process_gateway
 from metaclaw_plugin.gateway.upstream import ask_for_usage, is_listed, tapped_client
 
@@ -60,7 +63,10 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
         HTTPException: 403 for an agent that the key does not act for, 404 for one that is gone, 413 past a limit.
     """
     current = CURRENT.get()
-    if current is None or CALL_TYPES.get(call_type) != current.dialect or current.plan is not None:
+    routed = current is not None and CALL_TYPES.get(call_type) == current.dialect
+    if complaint := forbidden_model(data, request_fallback_model_names(data), routed):
+        raise HTTPException(403, complaint)
+    if current is None or not routed or current.plan is not None:
         return data
     gateway = process_gateway()
     if complaint := too_many(data, gateway.settings.gateway):
@@ -82,8 +88,13 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
 
 
 def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
-    """Make a call to vLLM recordable, give any other the caller's own key; ``None``: leave it as it is."""
+    """Make a call to vLLM recordable, give any other the caller's own key; ``None``: leave it as it is.
+
+    Raises:
+        HTTPException: 403 if it goes to an agent's adapter and nothing decided that it may.
+    """
     current = CURRENT.get()
+    _refuse_unrouted(call, current)
     if current is None:
         return None
     if call.get("custom_llm_provider") == "hosted_vllm" or str(call.get("model")).startswith("hosted_vllm/"):
@@ -93,6 +104,17 @@ def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | Non
     if current.upstream_key is not None:
         return call | {"api_key": current.upstream_key, "client": None}  # LiteLLM's client would bring our key
     return None
+
+
+def _refuse_unrouted(call: dict[str, Any], current: CurrentRequest | None) -> None:
+    """The last wall before vLLM: some routes of LiteLLM reach a deployment without asking any hook before (law 4)."""
+    group = ((call.get("metadata") or call.get("litellm_metadata")) or {}).get("model_group")
+    if not isinstance(group, str) or not group.startswith(MODEL_PREFIX):
+        return
+    base = group == MODEL_PREFIX + BASE_MODEL_NAME  # nobody's, so that an owner may name it as a fallback
+    routed = current is not None and (base or (current.plan is not None and current.plan.on_own_model))
+    if not routed:
+        raise HTTPException(403, f"no request may choose {group[:80]!r} past its agent")
 
 
 def with_answer(response: Any) -> None:
