@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import StoreError
+from metaclaw_plugin.store.sqlite_file import stay_with_file
 from metaclaw_plugin.store.upgrade import bring_up_to_date, is_up_to_date
 
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
@@ -61,14 +62,15 @@ def open_store(url: str) -> Engine:
     try:
         with engine.connect() as c:
             ready = is_up_to_date(c)
-        if ready:
-            return engine
-        with engine.begin() as c:
-            if engine.dialect.name == "postgresql":
-                c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
-            bring_up_to_date(c)
+        if not ready:
+            with engine.begin() as c:
+                if engine.dialect.name == "postgresql":
+                    c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
+                bring_up_to_date(c)
     except SQLAlchemyError as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}") from error
+    if engine.dialect.name == "sqlite":
+        stay_with_file(engine)
     return engine
 
 
@@ -76,6 +78,12 @@ def insert_or_ignore(c: Connection, table: sa.Table, rows: Sequence[Mapping[str,
     """Insert ``rows``; those whose key is taken are left as they are. Returns how many were new."""
     statement = _ignoring_insert(c.dialect.name, table)
     return sum(c.execute(statement, dict(row)).first() is not None for row in rows)
+
+
+def add_or_ignore(c: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert ``rows`` in one go; those whose key is taken are left as they are, and nobody is told."""
+    if rows:
+        c.execute(_silent_insert(c.dialect.name, table), [dict(row) for row in rows])
 
 
 def put(c: Connection, table: sa.Table, row: Mapping[str, Any], replaced: tuple[str, ...]) -> None:
@@ -92,6 +100,11 @@ def dialect_insert(c: Connection, table: sa.Table) -> Any:
 def _ignoring_insert(dialect: str, table: sa.Table) -> Any:
     # RETURNING, since the row count of such a statement is not to be had from every driver.
     return _insert(dialect, table).on_conflict_do_nothing().returning(next(iter(table.primary_key)))
+
+
+@cache
+def _silent_insert(dialect: str, table: sa.Table) -> Any:
+    return _insert(dialect, table).on_conflict_do_nothing()
 
 
 @cache

@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_trainer.errors import StoreError
+from metaclaw_trainer.sqlite_file import keep_to_path
 from metaclaw_trainer.upgrade import upgrade
 
 BUSY_TIMEOUT_MS = 10_000
@@ -79,6 +80,8 @@ def open_store(url: str) -> Store:
             if store.is_postgresql:  # two processes that start at once must not both create
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
             upgrade(connection)
+        if engine.dialect.name == "sqlite":
+            keep_to_path(engine)
     except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
         raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
     return store
