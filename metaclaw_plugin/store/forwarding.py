@@ -86,7 +86,8 @@ def mergeable(
     """
     t, other = traces.c, traces.alias("other").c
     mine = (other.agent == agent, other.forward == "waiting", other.score == "scored", other.session == t.session)
-    waits = sa.exists().where(*mine, other.scored_at > now - merge_wait)
+    # What was scored later than now was scored before a clock was set back: it has waited long enough.
+    waits = sa.exists().where(*mine, other.scored_at.between(now - merge_wait, now + merge_wait))
     overdue = sa.exists().where(*mine, other.scored_at <= now - 10 * merge_wait)
     closed = sa.exists().where(sessions.c.id == t.session, sessions.c.closed_at.is_not(None))
     due = sa.or_(closed.correlate(traces), ~waits.correlate(traces), overdue.correlate(traces))

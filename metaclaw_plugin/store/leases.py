@@ -23,12 +23,13 @@ def this_worker() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Whether ``owner`` was a process of this machine that has ended; false for other machines' processes."""
-    host, pid, started = owner.rsplit(":", 2)
-    if host != socket.gethostname()[:24]:
+    """Whether ``owner`` was a worker of this machine that has ended; false for other machines', and for the console."""
+    host, *process = owner.rsplit(":", 2)
+    if len(process) != 2 or host != socket.gethostname()[:24]:
         return False
+    pid, started = map(int, process)
     try:
-        return int(psutil.Process(int(pid)).create_time() * 100) != int(started)
+        return int(psutil.Process(pid).create_time() * 100) != started
     except psutil.NoSuchProcess:
         return True
 
@@ -77,6 +78,7 @@ def ready_to_score(
     session_goes_on = sa.exists().where(sessions.c.id == t.session, sessions.c.closed_at.is_(None))
     evidence = sa.or_(
         t.finished_at < now - evidence_timeout,
+        t.finished_at > now + evidence_timeout,  # a clock was set back since: nobody knows how long that has been
         t.agent.in_(list(immediate)),
         followed.correlate(traces),
         closed.correlate(traces),

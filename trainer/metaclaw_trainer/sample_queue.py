@@ -186,13 +186,16 @@ class StoredQueue:
             .subquery()
         )
         size = sa.func.coalesce(agents.c.batch_size, self.limits.batch_size)
+        now = time.time()
+        # Later than the longest pause allows, it was set by a clock that was set back since.
+        paused = agents.c.retry_at.between(now, now + RETRY_SECONDS[-1])
         query = (
             sa.select(agents.c.name, waiting.c.n, size.label("size"), agents.c.train_now)
             .join(waiting, waiting.c.agent == agents.c.name)
             .where(
                 sa.or_(agents.c.owner.is_(None), agents.c.owner == self._owner),
                 sa.or_(sa.and_(agents.c.allowed, waiting.c.n >= size), agents.c.train_now),
-                sa.or_(agents.c.retry_at.is_(None), agents.c.retry_at <= time.time(), agents.c.train_now),
+                sa.or_(agents.c.retry_at.is_(None), ~paused, agents.c.train_now),
             )
             .order_by(waiting.c.oldest)
         )
