@@ -17,6 +17,7 @@ from metaclaw_plugin.console.house import House
 from metaclaw_plugin.console.keys import console_key, derived
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.store import leases
 from tests.console.conftest import KEY, ORIGIN, SALT, Browser
 
 PAGES = ("/", "/agents/alpha", "/agents/alpha/curves", "/agents/alpha/conversations", "/sessions/ses-0", "/skills")
@@ -133,6 +134,14 @@ def test_a_restarted_console_still_knows_the_claims_it_took(client: TestClient, 
     assert show(client, text).status_code == 204
     with TestClient(create_app(settings), base_url=ORIGIN) as another:
         assert show(another, text).status_code == 403
+
+
+def test_a_worker_that_starts_does_not_free_the_claims_that_were_taken(client: TestClient, house: House) -> None:
+    """It frees what dead workers held, and once fell over an owner that is no worker."""
+    assert show(client, claim()).status_code == 204
+    with house.reading() as c:
+        assert leases.holders(c) == {"console"}
+        assert not leases.is_dead("console")
 
 
 def test_without_a_salt_key_no_claim_counts_not_even_one_under_an_empty_key(
