@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaclaw_plugin.console.figures import mean_and_half
@@ -47,3 +47,12 @@ def training_curves(versions: Sequence[VersionRecord]) -> dict[str, Any]:
         "step": [record.version.step for record in ordered],
         **{name: [values.get(name) for values in metrics] for name in TRAINING},
     }
+
+
+def lineage(number: int, parents: Mapping[int, int]) -> list[int]:
+    """What version ``number`` was trained from, newest first, to 0 (the base model) or as far as ``parents`` go."""
+    found: list[int] = []
+    while number in parents and parents[number] < number:
+        number = parents[number]
+        found.append(number)
+    return found

@@ -16,15 +16,18 @@ from metaclaw_hooks.types import Reward
 
 from metaclaw_plugin.console import shown
 from metaclaw_plugin.console.conversation import same_beginning
+from metaclaw_plugin.console.curves import lineage
 from metaclaw_plugin.console.guard import MAX_BODY
 from metaclaw_plugin.console.house import House
 from metaclaw_plugin.console.pages import FOLDER
+from metaclaw_plugin.console.rooms import overview
 from metaclaw_plugin.console.tokens import STEPS, Tokens, tint
 from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN
 from metaclaw_plugin.store import schema
+from metaclaw_plugin.store.adapters import record_candidate
 from metaclaw_plugin.store.rewards import put_rewards
 from tests.console.conftest import Browser, store_traces
-from tests.plugin.test_routing_pick import serve
+from tests.plugin.test_routing_pick import body, serve
 from tests.store_cases import a_trace
 
 PAGES = ("/", "/agents/alpha", "/agents/alpha/conversations", "/sessions/ses-0", "/skills", "/skills/alpha", "/health")
@@ -200,6 +203,7 @@ def test_with_no_data_a_page_says_what_to_do_first(admin: Browser, path: str) ->
 
 def test_an_agent_without_a_request_says_how_to_point_it_here(filled: House, admin: Browser) -> None:
     assert "metaclaw agents keys beta" in admin.get("/agents/beta")
+    assert "point the agent at the gateway" in admin.get("/agents/beta/conversations")
     assert admin.client.get("/agents/beta/curves", headers=admin.headers()).json()["learning"]["at"] == []
 
 
@@ -222,16 +226,31 @@ def test_a_store_that_is_away_is_said_and_comes_back(filled: House, admin: Brows
     for extra in ("-wal", "-shm"):
         path.with_name(path.name + extra).unlink(missing_ok=True)
     path.write_bytes(b"this is no database" * 100)
-    for page in PAGES[:3]:
-        assert "The store " in admin.get(page, 503)
+    for page in (*PAGES, "/traces/tr-0", "/traces/tr-0/tokens", "/traces/tr-0/messages/0"):
+        assert "The store " in admin.get(page, 503), page
+    assert "The store " in admin.post("/traces/tr-0/feedback", 503, value="1")
+    assert "The store does not answer" in overview.table(filled, "")
     filled.engine.dispose()
     path.write_bytes(kept)
     assert "alpha" in admin.get("/")
 
 
-def test_a_trainer_that_is_away_is_said_per_agent(filled: House, admin: Browser) -> None:
+def test_a_trainer_that_is_away_is_said_and_takes_no_page_away(filled: House, admin: Browser) -> None:
     filled.glance.look_now(None)
+    for page in PAGES:
+        admin.get(page)
     assert "the trainer is not running" in admin.get("/agents/alpha")
+    assert re.search(r"trainer</strong> (down|waiting)", admin.get("/health"))
+
+
+def test_a_version_says_what_it_was_trained_from(filled: House, admin: Browser) -> None:
+    with filled.writing() as c:
+        for number, parent in ((1, 0), (2, 1), (3, 1), (4, 3)):
+            record_candidate(c, body(number, "alpha", parent=parent))
+    page = admin.get("/agents/alpha")
+    assert re.findall(r"trained from</th><td>([^<]*)<", page) == ["v3, v1, base", "v1, base", "v1, base", "base"]
+    assert lineage(40, {40: 39, 39: 38}) == [39, 38]  # as far as the page has them
+    assert lineage(2, {2: 2}) == []
 
 
 def test_every_answer_keeps_the_browser_in_bounds(client: TestClient, admin: Browser, filled: House) -> None:
@@ -282,9 +301,7 @@ def test_without_a_tokenizer_the_page_says_so(filled: House, admin: Browser, mod
 
 
 def test_an_open_page_is_told_when_something_changed(filled: House, admin: Browser) -> None:
-    from metaclaw_plugin.console.rooms.overview import event, table
-
-    text = event("agents", table(filled, ""))
+    text = overview.event("agents", overview.table(filled, ""))
     lines = text.splitlines()
     assert lines[0] == "event: agents"
     assert all(line.startswith("data: ") for line in lines[1:] if line)

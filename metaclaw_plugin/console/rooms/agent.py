@@ -11,7 +11,7 @@ from metaclaw_hooks.types import Mode
 from sqlalchemy.engine import Connection
 
 from metaclaw_plugin.console.access import Acting, Looking
-from metaclaw_plugin.console.curves import learning_curve, training_curves
+from metaclaw_plugin.console.curves import learning_curve, lineage, training_curves
 from metaclaw_plugin.console.figures import agent_figures, worker_of
 from metaclaw_plugin.console.house import House, house_of
 from metaclaw_plugin.console.pages import back, page
@@ -45,6 +45,7 @@ def agent(request: Request, name: Name, visitor: Looking) -> Response:
         talks = conversations(newest_traces(c, name, TRACES))
         route = get_route(c, name)
         skills = _skills(c, house, name)
+    parents = {record.version.number: record.version.parent for record in versions}
     return page(
         request,
         "agent.html",
@@ -55,6 +56,7 @@ def agent(request: Request, name: Name, visitor: Looking) -> Response:
         modes=[mode.value for mode in Mode],
         versions=list(reversed(versions))[:VERSIONS],
         more_versions=len(numbers) > VERSIONS,
+        lineages={number: lineage(number, parents) for number in parents},
         route=route,
         conversations=talks[:15],
         skills=skills,

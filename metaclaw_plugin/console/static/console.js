@@ -47,6 +47,10 @@
     return value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1) : String(+value.toPrecision(4));
   }
 
+  function rewardText(_, value) {
+    return value === null || value === undefined ? "-" : value.toFixed(2);
+  }
+
   function axes(format) {
     const shared = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
     return [{ ...shared, ...(format || {}) }, { ...shared, size: 60, values: (_, ticks) => ticks.map(small) }];
@@ -62,6 +66,7 @@
           pen.fillStyle = colour("--quiet");
           pen.setLineDash([4, 4]);
           pen.font = 11 * devicePixelRatio + "px sans-serif";
+          pen.textAlign = "left";
           let free = -Infinity;
           for (const mark of marks) {
             const x = plot.valToPos(mark.at, "x", true);
@@ -81,6 +86,24 @@
     };
   }
 
+  // uPlot's own are those of one country. Each row: seconds from which it is used, the label, and what is added when the
+  // year, day or minute has changed (uPlot's documentation, "axis & grid opts").
+  const CLOCK = [
+    [31536000, "{YYYY}", null, null, null, null, null, null, 1],
+    [2419200, "{MMM}", "\n{YYYY}", null, null, null, null, null, 1],
+    [86400, "{D} {MMM}", "\n{YYYY}", null, null, null, null, null, 1],
+    [60, "{HH}:{mm}", "\n{D} {MMM} {YYYY}", null, "\n{D} {MMM}", null, null, null, 1],
+    [1, "{HH}:{mm}:{ss}", "\n{D} {MMM} {YYYY}", null, "\n{D} {MMM}", null, null, null, 1],
+  ];
+
+  // The newest version may have come after the newest reply: a little room for its mark.
+  function withMarks(marks) {
+    return (plot, low, high) => {
+      const later = marks.map((mark) => mark.at).filter((at) => at > high && at < high + (high - low) * 0.1);
+      return [low, Math.max(high, ...later.map((at) => at + (high - low) * 0.03))];
+    };
+  }
+
   function learning(place, curve) {
     const note = document.querySelector('[data-note="learning"]');
     if (!curve.at.length) {
@@ -92,17 +115,18 @@
     const options = {
       width: place.clientWidth,
       height: 280,
-      scales: { y: { range: [-1.05, 1.05] } },
-      axes: axes(),
+      scales: { x: { range: withMarks(curve.marks) }, y: { range: [-1.05, 1.05] } },
+      axes: axes({ values: CLOCK, space: 90 }),
       series: [
-        { label: "time (UTC)" },
-        { label: "mean reward", stroke: colour("--accent"), width: 2, points: { show: true, size: 5 } },
-        { label: "high", stroke: clear, points: { show: false } },
-        { label: "low", stroke: clear, points: { show: false } },
+        { label: "time (UTC)", value: "{YYYY}-{MM}-{DD} {HH}:{mm}:{ss}" },
+        { label: "mean reward", value: rewardText, stroke: colour("--accent"), width: 2, points: { show: true, size: 5 } },
+        { label: "high", value: rewardText, stroke: clear, points: { show: false } },
+        { label: "low", value: rewardText, stroke: clear, points: { show: false } },
       ],
       bands: [{ series: [2, 3], fill: colour("--band") }],
       tzDate: (at) => uPlot.tzDate(new Date(at * 1000), "Etc/UTC"),
       plugins: [marksPlugin(curve.marks)],
+      hooks: { ready: [(plot) => plot.setLegend({ idx: curve.at.length - 1 })] },
     };
     drawn.set(place, [new uPlot(options, [curve.at, curve.mean, curve.high, curve.low], place)]);
     table("learning", ["time (UTC)", "mean reward", "low", "high", "replies"], curve.at.map((at, i) => [
