@@ -3,11 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup models demo test docs lock lint clean
+.PHONY: help setup models demo test faults docs lock lint clean
 
 help:
 	@echo "make demo    set up, then two agents learn opposite styles by being talked to (about 20 minutes on 2 cores)"
 	@echo "make test    set up, then style, types and all tests"
+	@echo "make faults  kill and break the whole system under traffic, then compare what is kept with what was received"
 	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
 	@echo "make docs    write the configuration reference anew from the settings classes"
 	@echo "make lock    pin what the gateway installs, with hashes, into deploy/gateway.lock"
@@ -36,6 +37,9 @@ lint: setup
 
 test: models lint
 	$(BIN)/pytest -q $(TEST_ARGS)
+
+faults: models
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs

@@ -1,0 +1,121 @@
+"""A wire between two processes that can be refused, slowed, silenced, or cut in the middle of a body."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass, field
+from typing import Literal
+
+PIECE = 65536
+
+
+@dataclass
+class Link:
+    """Passes bytes from its own port to ``target``; what it does with them may be changed at any time.
+
+    mode:
+        pass     as they come
+        refuse   nobody listens; what is open is reset
+        slow     each piece waits ``delay`` seconds
+        cut      the connection is reset after ``after`` bytes of the answer
+        cut-up   the same, of the request
+        silent   connections are taken, and nothing passes
+    """
+
+    target: int  # port on 127.0.0.1
+    port: int = 0
+    mode: Literal["pass", "refuse", "slow", "cut", "cut-up", "silent"] = "pass"
+    delay: float = 0.5
+    after: int = 300
+    broken: int = 0  # connections that a fault has ended
+    _open: set[asyncio.StreamWriter] = field(default_factory=set)
+    _server: asyncio.Server | None = None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def start(self) -> None:
+        await self._listen()
+
+    async def stop(self) -> None:
+        await self._deafen()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def set(self, mode: Literal["pass", "refuse", "slow", "cut", "cut-up", "silent"]) -> None:
+        """Change what it does, for open connections too."""
+        self.mode = mode
+        if mode == "refuse":
+            await self._deafen()
+        elif self._server is None:
+            await self._listen()
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _deafen(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._reset(list(self._open))
+
+    def _reset(self, writers: list[asyncio.StreamWriter]) -> None:
+        for writer in writers:
+            raw = writer.get_extra_info("socket")
+            if raw is not None:
+                with contextlib.suppress(OSError):  # closed already
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            writer.transport.abort()
+            self.broken += 1
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._open.add(writer)
+        there: asyncio.StreamWriter | None = None
+        try:
+            answer, there = await asyncio.open_connection("127.0.0.1", self.target)
+            self._open.add(there)
+            pair = (writer, there)
+            up = asyncio.create_task(self._pump(reader, there, "cut-up", pair))
+            down = asyncio.create_task(self._pump(answer, writer, "cut", pair))
+            await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+            up.cancel()
+            down.cancel()
+            await asyncio.gather(up, down, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            pass  # the other end is down, or this one is stopped
+        finally:
+            for end in (writer, there):
+                if end is not None:
+                    self._open.discard(end)
+                    end.close()
+            self._tasks.discard(task)
+
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        cut: str,
+        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+    ) -> None:
+        passed = 0
+        while data := await reader.read(PIECE):
+            while self.mode == "silent":
+                await asyncio.sleep(0.05)
+            if self.mode == "slow":
+                await asyncio.sleep(self.delay)
+            if self.mode == cut:
+                if passed + len(data) > self.after:
+                    writer.write(data[: max(0, self.after - passed)])
+                    with contextlib.suppress(ConnectionError):
+                        await writer.drain()
+                    await asyncio.sleep(0.01)
+                    self._reset(list(pair))
+                    return
+                passed += len(data)
+            writer.write(data)
+            await writer.drain()

@@ -1,0 +1,41 @@
+"""A short, seeded siege of the whole system; ``make faults`` is the long one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.points import GATEWAY_POINTS, POINTS, TRAINER_POINTS, WORKER_POINTS
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = os.environ.get("METACLAW_TEST_SEED", "20261122")
+
+
+@pytest.mark.gateway
+@pytest.mark.law(3)
+@pytest.mark.law(4)
+@pytest.mark.law(5)
+def test_laws_3_4_and_5_hold_while_processes_are_killed_and_things_break(tiny_model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.faults", "--kills", "8", "--vllm-kills", "1", "--faults", "4,22,25"]
+    command += ["--seed", SEED, "--folder", str(tmp_path / "house"), "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert report.exists(), done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert found["clean"], done.stdout[-4000:]
+    assert sum(found["kills"].values()) == 9
+    assert len(found["faults"]) == 3
+    assert found["seen"]["answers compared"] > 20
+    assert found["seen"]["traces trained once"] > 20
+
+
+def test_every_point_is_in_one_process_and_has_a_place() -> None:
+    assert sorted((*GATEWAY_POINTS, *WORKER_POINTS, *TRAINER_POINTS)) == sorted(POINTS)
+    assert {name.split(".")[0] for name in POINTS} == {
+        "commit", "score", "forward", "queue", "train", "checkpoint", "publish"
+    }  # fmt: skip
