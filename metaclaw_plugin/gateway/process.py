@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.settings import Settings, load_settings
+from metaclaw_plugin.store.checkpointing import checkpoint_beside
 from metaclaw_plugin.store.engine import open_store
 
 
@@ -33,5 +34,7 @@ def this_process() -> GatewayProcess:
     with _lock:
         if not _held:
             settings = load_settings()
-            _held.append(GatewayProcess(settings, open_store(settings.store_url)))
+            engine = open_store(settings.store_url)
+            checkpoint_beside(engine)
+            _held.append(GatewayProcess(settings, engine))
         return _held[0]

@@ -140,6 +140,7 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
         "synchronous=NORMAL",
         "foreign_keys=ON",
         "secure_delete=ON",
+        "journal_size_limit=1048576",  # a log that begins anew gives back what a burst made of it
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
