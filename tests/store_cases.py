@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import sqlalchemy as sa
 from metaclaw_hooks.types import Kind, Sampling, SkillRef, Trace
+
+from metaclaw_plugin.store.sessions import Evidence, open_session
 
 TRACE = Trace(
     id="tr-0",
@@ -44,3 +47,10 @@ TRACE = Trace(
 def a_trace(**changes: Any) -> Trace:
     """The trace above, with ``changes``."""
     return dataclasses.replace(TRACE, **changes)
+
+
+def opened(c: sa.Connection, agent: str, evidence: Evidence, at: float) -> str:
+    """Id of a new session of ``agent``, not held out."""
+    place = open_session(c, agent, evidence, at, one_in=0)
+    assert place is not None
+    return place.session

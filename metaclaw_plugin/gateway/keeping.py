@@ -10,14 +10,13 @@ from typing import Any
 
 import sqlalchemy as sa
 from metaclaw_hooks.plugins import Plugins
-from metaclaw_hooks.types import Kind, Trace
+from metaclaw_hooks.types import Trace
 
 from metaclaw_plugin.capture.assemble import Origin, traces_of
 from metaclaw_plugin.capture.writer import TraceWriter
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.metrics import Metrics
-from metaclaw_plugin.gateway.routing import end_exchange
 from metaclaw_plugin.gateway.sessions import Turn
 from metaclaw_plugin.settings import Settings
 
@@ -64,13 +63,11 @@ class Keeper:
             return None
         answers = [trace.response for trace in traces]
         loop_goes_on = any(answer.get("tool_calls") for answer in answers)
+        pin = plan.route.adapter_version if loop_goes_on else None
         kept = tuple([await self._redacted(trace) for trace in traces])
 
         def after(c: sa.Connection) -> None:
-            if complete:
-                sessions.extend(c, turn, answers, traces[0].finished_at)
-            if turn.kind is Kind.MAIN and not loop_goes_on:
-                end_exchange(c, turn.session)
+            sessions.settle(c, turn, answers if complete else (), traces[0].finished_at, pin)
 
         return plan.agent.name, kept, after
 

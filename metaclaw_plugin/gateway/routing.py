@@ -47,7 +47,6 @@ _SERVING = (
     .where(adapters.c.agent == sa.bindparam("of"), adapters.c.state == VersionState.SERVING.value)
     .with_for_update(read=True, of=adapters)
 )
-_PIN = sessions.update().where(sessions.c.id == sa.bindparam("of")).values(adapter_version=sa.bindparam("to"))
 
 
 class RoutedTurn(Protocol):
@@ -78,10 +77,11 @@ def upstream_model(agent: str, version: int) -> str:
 
 
 def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
-    """Choose the version that answers this request, and pin the exchange to it.
+    """Choose the version that answers this request.
 
-    A tool loop stays on the version that its exchange began on, while that one is held; everything else takes the
-    agent's route, or its canary; when the version on the route is gone, the newest that serves, else the base model.
+    A tool loop stays on the version that it is pinned to, the one that asked for the tool, while that one is held;
+    everything else takes the agent's route, or its canary; when the version on the route is gone, the newest that
+    serves, else the base model.
     Call ``InFlight.begin`` in the same transaction, one of ``engine.begin()``.
     """
     rows = c.execute(_SERVING, {"of": agent}).all()
@@ -95,8 +95,6 @@ def pick_route(c: sa.Connection, agent: str, turn: RoutedTurn) -> Route:
     version = wanted
     if version not in held:
         version = routed if routed in held else max(held)
-    if main and turn.adapter_version != version:
-        c.execute(_PIN, {"of": turn.session, "to": version})
     return Route(upstream_model(agent, version), version, left=None if version == wanted else wanted)
 
 
@@ -106,11 +104,6 @@ def _is_tried(c: sa.Connection, session: str, route: sa.Row[Any]) -> bool:
         return False
     started = c.scalar(sa.select(sessions.c.started_at).where(sessions.c.id == session))
     return started is not None and bool(started >= route.canary_since)
-
-
-def end_exchange(c: sa.Connection, session: str) -> None:
-    """Free the session's pin: its exchange ended with an answer that asks for no tool, so no loop can go on."""
-    c.execute(_PIN, {"of": session, "to": None})
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 from metaclaw_hooks.types import Kind
 from sqlalchemy.engine import Connection
 
+from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.conversation import (
     Conversation,
     extend_hash,
@@ -66,15 +67,26 @@ def resolve(c: Connection, agent: str, evidence: RequestEvidence, now: float, se
     named = _named(evidence, messages)
     conversation = read_conversation(messages)
     one_in = settings.sessions.held_out_one_in
-    main = kind is Kind.MAIN
-    if named is not None:
-        session = store.find_or_open(c, agent, named, now, one_in)
-    else:
-        session = _unnamed(c, agent, evidence, conversation, main, now, one_in)
-    place = store.take_turn(c, session, now, conversation.anchor if main else None, conversation.in_tool_loop)
+    anchor = conversation.anchor if kind is Kind.MAIN else None
+    place = None
+    for _ in range(2):  # the second time round, another process opened the session in between
+        if named is not None:
+            session = store.find_named(c, agent, named, now)
+        else:
+            session = _goes_on(c, agent, evidence, conversation, anchor is not None)
+        if session is not None:
+            place = store.take_turn(c, session, now, anchor, conversation.in_tool_loop)
+        elif named is not None:
+            place = store.open_session(c, agent, named, now, one_in, anchor)
+        else:
+            place = store.open_unnamed(c, agent, now, one_in, anchor)
+        if place is not None:
+            break
+    if place is None:
+        raise StoreError(f"a session of agent {agent!r} is opened and closed at once; try again")
     return Turn(
         agent=agent,
-        session=session,
+        session=place.session,
         turn=place.turn,
         exchange=place.exchange,
         kind=kind,
@@ -86,15 +98,16 @@ def resolve(c: Connection, agent: str, evidence: RequestEvidence, now: float, se
     )
 
 
-def extend(c: Connection, turn: Turn, answers: Sequence[Mapping[str, Any]], now: float) -> None:
-    """Note where the conversation paused: after any of ``answers``, the chat messages of the choices.
+def settle(c: Connection, turn: Turn, answers: Sequence[Mapping[str, Any]], now: float, pin: int | None) -> None:
+    """Note where the conversation paused: after any of ``answers``, the choices' messages; none, if they are not whole.
 
-    Closes the session if the client said that this was its last request.
+    ``pin``: the adapter version that a tool loop goes on with, if the answer asks for a tool. Closes the session if the
+    client said that this was its last request.
     """
     if turn.kind is Kind.MAIN:
         hashes = [extend_hash(turn.chain_hash, answer) for answer in answers]
-        store.add_states(c, turn.agent, turn.session, hashes, now)
-    if turn.ends_session:
+        store.settle_turn(c, turn.agent, turn, hashes, now, pin)
+    if answers and turn.ends_session:
         store.close_session(c, turn.session, "done", now)
 
 
@@ -150,22 +163,15 @@ def _named(evidence: RequestEvidence, messages: Sequence[Any]) -> Evidence | Non
     return None
 
 
-def _unnamed(
-    c: Connection,
-    agent: str,
-    evidence: RequestEvidence,
-    conversation: Conversation,
-    main: bool,
-    now: float,
-    one_in: int,
-) -> str:
+def _goes_on(
+    c: Connection, agent: str, evidence: RequestEvidence, conversation: Conversation, main: bool
+) -> str | None:
+    """The session whose answer, or whose conversation, the request goes on from."""
     previous = _usable(evidence.body.get("previous_response_id"), _MAX_RESPONSE_ID)
     found = store.find_by_response(c, agent, previous) if previous else None
     if found is None and main:
         found = store.find_by_chain(c, agent, conversation.pauses(_MAX_PAUSES))
-    if found is not None:
-        return found
-    return store.open_unnamed(c, agent, "chain" if main else "side", now, one_in)
+    return found
 
 
 def _usable(value: Any, longest: int = _MAX_EVIDENCE) -> str | None:

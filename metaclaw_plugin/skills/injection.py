@@ -20,7 +20,7 @@ from metaclaw_hooks.types import Agent, Kind, Mode, SkillRef, message_text
 
 from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN, human_indexes
 from metaclaw_plugin.skills.skill_file import Skill
-from metaclaw_plugin.store.engine import insert_or_ignore
+from metaclaw_plugin.store.engine import add_or_ignore, insert_or_ignore
 from metaclaw_plugin.store.schema import injections, skill_exposures
 
 SYSTEM = "system"  # the anchor of the block in the system prompt
@@ -37,6 +37,8 @@ class TurnLike(Protocol):
     def session(self) -> str: ...
     @property
     def kind(self) -> Kind: ...
+    @property
+    def turn(self) -> int: ...
     @property
     def exchange(self) -> int: ...
     @property
@@ -83,7 +85,7 @@ def plan_injection(
     if turn.kind is Kind.SIDE or agent.mode is Mode.OFF:
         return Injection(plain, (), agent.skill_generation)
     places = _places(messages)
-    blocks = _load(c, turn.session)
+    blocks = _load(c, turn.session) if turn.turn > 0 else []
     if turn.new_exchange:
         blocks += _select(c, agent, turn, places, blocks, chosen, withheld_share)
     present = [block for block in blocks if block.text and block.anchor in places]
@@ -132,7 +134,7 @@ def _select(
     added = [decided]
     if opening and shown:
         added.append(_Block(SYSTEM, text, refs))
-        insert_or_ignore(c, injections, [_row(turn, added[-1])])
+        add_or_ignore(c, injections, [_row(turn, added[-1])])
     _expose(c, agent, turn, fresh, {skill.name for skill in shown})
     return added
 
@@ -148,8 +150,8 @@ def _row(turn: TurnLike, block: _Block) -> dict[str, Any]:
 
 
 def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skill], shown: set[str]) -> None:
-    for skill in fresh:
-        row = {
+    rows = [
+        {
             "session": turn.session,
             "skill": skill.name,
             "agent": agent.name,
@@ -159,7 +161,9 @@ def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skil
             "exchange": turn.exchange,
             "at": time.time(),
         }
-        insert_or_ignore(c, skill_exposures, [row])
+        for skill in fresh
+    ]
+    add_or_ignore(c, skill_exposures, rows)
 
 
 def _load(c: sa.Connection, session: str) -> list[_Block]:

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
@@ -37,10 +37,13 @@ _TAKEN = (
         {name: sa.bindparam(f"new_{name}") for name in ("turns", "last_at", "exchanges", "anchor", "adapter_version")}
     )
 )
-_TOUCH = (
+_SETTLE = (
     sa.update(schema.sessions)
     .where(_S.id == sa.bindparam("session"), _OPEN)
-    .values(last_at=sa.case((_S.last_at < sa.bindparam("now"), sa.bindparam("now")), else_=_S.last_at))
+    .values(
+        last_at=sa.case((_S.last_at < sa.bindparam("now"), sa.bindparam("now")), else_=_S.last_at),
+        adapter_version=sa.bindparam("pin"),
+    )
 )
 
 
@@ -58,6 +61,15 @@ class Evidence:
         return hashlib.sha256(f"{self.name}\0{self.value}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
+class Placed(Protocol):
+    """What tells a request of a session."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def turn(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where in its session a request stands."""
@@ -70,39 +82,41 @@ class Place:
     adapter_version: int | None  # that the exchange in progress is pinned to
 
 
-def find_or_open(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str:
-    """Id of the open session that ``evidence`` names; a new one if there is none, or the client raised its epoch."""
-    mine = {"agent": agent, "key": evidence.key}
-    for _ in range(2):  # the second time round, another process opened it in between
-        rows = c.execute(_NAMED, mine).all()
-        for row in rows:
-            if row.epoch < evidence.epoch:
-                close_session(c, row.id, "epoch", now)
-        for row in rows:
-            if row.epoch == evidence.epoch:
-                return str(row.id)
-        opened = open_session(c, agent, evidence, now, one_in)
-        if opened is not None:
-            return opened
-    raise StoreError(f"the session of {evidence.name} of agent {agent!r} is opened and closed at once; try again")
+def find_named(c: Connection, agent: str, evidence: Evidence, now: float) -> str | None:
+    """Id of the open session that ``evidence`` names; those of a lower epoch are closed, since the client raised it."""
+    rows = c.execute(_NAMED, {"agent": agent, "key": evidence.key}).all()
+    for row in rows:
+        if row.epoch < evidence.epoch:
+            close_session(c, row.id, "epoch", now)
+    return next((str(row.id) for row in rows if row.epoch == evidence.epoch), None)
 
 
-def open_session(c: Connection, agent: str, evidence: Evidence, now: float, one_in: int) -> str | None:
-    """Open a session; ``None`` if another process opened one on the same evidence. One in ``one_in`` is held out."""
-    return _insert(c, secrets.token_hex(12), agent, evidence, now, one_in)
+def open_session(
+    c: Connection, agent: str, evidence: Evidence, now: float, one_in: int, anchor: str | None = None
+) -> Place | None:
+    """Open a session with its first request; ``None`` if another process opened one on the same evidence.
+
+    ``anchor`` is that of ``take_turn``. One session in ``one_in`` is held out.
+    """
+    return _insert(c, secrets.token_hex(12), agent, evidence, now, one_in, anchor)
 
 
-def open_unnamed(c: Connection, agent: str, name: str, now: float, one_in: int) -> str:
-    """Open a session that nothing but its conversation tells apart. A side call's is closed at once."""
+def open_unnamed(c: Connection, agent: str, now: float, one_in: int, anchor: str | None) -> Place:
+    """Open a session that nothing but its conversation tells apart. A side call's, without an anchor, is closed."""
     session = secrets.token_hex(12)
-    if _insert(c, session, agent, Evidence(name, session), now, one_in) is None:
+    evidence = Evidence("side" if anchor is None else "chain", session)
+    place = _insert(c, session, agent, evidence, now, one_in, anchor)
+    if place is None:
         raise StoreError(f"session id {session} was drawn twice; try again")
-    if name == "side":
+    if anchor is None:
         close_session(c, session, "side", now)
-    return session
+    return place
 
 
-def _insert(c: Connection, session: str, agent: str, evidence: Evidence, now: float, one_in: int) -> str | None:
+def _insert(
+    c: Connection, session: str, agent: str, evidence: Evidence, now: float, one_in: int, anchor: str | None
+) -> Place | None:
+    main = anchor is not None
     row = {
         "id": session,
         "agent": agent,
@@ -112,9 +126,14 @@ def _insert(c: Connection, session: str, agent: str, evidence: Evidence, now: fl
         "started_at": now,
         "last_at": now,
         "held_out": is_held_out(session, one_in),
+        "turns": 1,
+        "exchanges": int(main),
+        "anchor": anchor,
         "without_skills": [],
     }
-    return session if insert_or_ignore(c, schema.sessions, [row]) else None
+    if not insert_or_ignore(c, schema.sessions, [row]):
+        return None
+    return Place(session, is_held_out(session, one_in), 0, 0, new_exchange=main, adapter_version=None)
 
 
 def is_held_out(session: str, one_in: int) -> bool:
@@ -184,11 +203,17 @@ def take_turn(c: Connection, session: str, now: float, anchor: str | None, in_to
     )
 
 
-def add_states(c: Connection, agent: str, session: str, hashes: Sequence[str], now: float) -> None:
-    """The session paused at ``hashes``: one for each choice that was given. One that is closed goes on nowhere."""
-    if not c.execute(_TOUCH, {"session": session, "now": now}).rowcount:
+def settle_turn(c: Connection, agent: str, place: Placed, hashes: Sequence[str], now: float, pin: int | None) -> None:
+    """A request was answered: the session paused at ``hashes``, one for each choice that was given.
+
+    ``pin``: the adapter version on which the tool loop goes on that the answer left open; ``None``: it left none. A
+    session that is closed goes on nowhere.
+    """
+    session = place.session
+    if not c.execute(_SETTLE, {"session": session, "now": now, "pin": pin}).rowcount or not hashes:
         return
-    c.execute(_PASS_TIP, {"of": session})
+    if place.turn > 0:
+        c.execute(_PASS_TIP, {"of": session})
     for digest in dict.fromkeys(hashes):
         row = {"agent": agent, "hash": digest, "session": session, "tip": True, "at": now}
         put(c, schema.chain, row, ("tip", "at"))

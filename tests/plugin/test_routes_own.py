@@ -16,9 +16,9 @@ from metaclaw_plugin.gateway.process import GatewayProcess
 from metaclaw_plugin.gateway.routes import create_router
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import agents, schema
-from metaclaw_plugin.store.sessions import Evidence, find_or_open
+from metaclaw_plugin.store.sessions import Evidence
 from metaclaw_plugin.store.traces import insert_traces, load_session
-from tests.store_cases import a_trace
+from tests.store_cases import a_trace, opened
 
 ALPHA = {"authorization": "alpha"}
 BETA = {"authorization": "beta"}
@@ -115,8 +115,8 @@ async def test_law_9_bad_feedback_is_400_and_changes_nothing(
 
 async def test_session_is_ended_by_our_id_or_the_clients(client: httpx.AsyncClient, store: Engine) -> None:
     with store.begin() as c:
-        one = find_or_open(c, "alpha", Evidence("x-session-id", "chat 1"), 1.0, 0)
-        two = find_or_open(c, "alpha", Evidence("x-session-id", "chat 2"), 1.0, 0)
+        one = opened(c, "alpha", Evidence("x-session-id", "chat 1"), 1.0)
+        two = opened(c, "alpha", Evidence("x-session-id", "chat 2"), 1.0)
     first = await client.post("/sessions/chat%201/end", headers=ALPHA)
     second = await client.post(f"/sessions/{two}/end", headers=ALPHA)
     again = await client.post(f"/sessions/{two}/end", headers=ALPHA)
@@ -130,7 +130,7 @@ async def test_session_is_ended_by_our_id_or_the_clients(client: httpx.AsyncClie
 @pytest.mark.law(4)
 async def test_law_4_anothers_session_is_not_there(client: httpx.AsyncClient, store: Engine) -> None:
     with store.begin() as c:
-        session = find_or_open(c, "beta", Evidence("x-session-id", "chat"), 1.0, 0)
+        session = opened(c, "beta", Evidence("x-session-id", "chat"), 1.0)
     for name in (session, "chat", "nosuch"):
         reply = await client.post(f"/sessions/{name}/end", headers=ALPHA)
         assert reply.status_code == 404

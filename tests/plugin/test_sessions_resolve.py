@@ -47,9 +47,11 @@ def ask(
         return sessions.resolve(c, agent, evidence, now, SETTINGS)
 
 
-def answer(store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0) -> None:
+def answer(
+    store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None
+) -> None:
     with store.begin() as c:
-        sessions.extend(c, turn, answers, now)
+        sessions.settle(c, turn, answers, now, pin)
 
 
 @pytest.mark.parametrize(
@@ -237,12 +239,9 @@ def test_openclaw_tail_is_left_out_of_the_chain(store: Engine) -> None:
 
 @pytest.mark.law(6)
 def test_law_6_a_tool_loop_is_one_exchange_with_one_pin(store: Engine) -> None:
-    from metaclaw_plugin.store import schema
-
     result = {"role": "tool", "content": "ok"}
     first = ask(store, user("a"), x_session_id="one")
-    with store.begin() as c:
-        c.execute(schema.sessions.update().values(adapter_version=7))
+    answer(store, first, said("calls"), pin=7)
     loop = ask(store, user("a"), said("calls"), result, x_session_id="one")
     assert (loop.exchange, loop.new_exchange, loop.adapter_version) == (first.exchange, False, 7)
     again = ask(store, user("a"), said("calls"), result, said("x"), result, x_session_id="one")
@@ -251,6 +250,10 @@ def test_law_6_a_tool_loop_is_one_exchange_with_one_pin(store: Engine) -> None:
     assert (side.new_exchange, side.adapter_version) == (False, None)
     after_side = ask(store, user("a"), said("calls"), result, said("x"), result, x_session_id="one")
     assert after_side.adapter_version == 7
+    answer(store, after_side, said("b"))
+    late = ask(store, user("a"), said("b"), result, x_session_id="one")
+    assert late.adapter_version is None, "an answer that asks for no tool leaves no loop open"
+    answer(store, late, said("calls"), pin=8)
     new = ask(store, user("a"), said("b"), user("c"), x_session_id="one")
     assert (new.exchange, new.new_exchange, new.adapter_version) == (1, True, None)
 
@@ -401,7 +404,7 @@ def test_one_session_in_ten_is_held_out() -> None:
 def test_law_9_nonsense_is_a_session_of_its_own(store: Engine, body: dict[str, Any]) -> None:
     with store.begin() as c:
         turn = sessions.resolve(c, "alpha", RequestEvidence({}, body), 0.0, SETTINGS)
-        sessions.extend(c, turn, [said("ok")], 1.0)
+        sessions.settle(c, turn, [said("ok")], 1.0, None)
     assert turn.turn == 0
 
 

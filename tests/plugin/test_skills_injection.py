@@ -32,6 +32,7 @@ INTERNAL = {
 class FakeTurn:
     session: str = "s1"
     kind: Kind = Kind.MAIN
+    turn: int = 1
     exchange: int = 0
     new_exchange: bool = True
 

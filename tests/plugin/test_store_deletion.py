@@ -28,10 +28,10 @@ from metaclaw_plugin.store.deletion import (
 )
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.retention import DAY, EXPIRED, due, retain, sweep_sessions
-from metaclaw_plugin.store.sessions import Evidence, add_states, close_session, find_or_open
+from metaclaw_plugin.store.sessions import Evidence, Place, close_session, settle_turn
 from metaclaw_plugin.store.traces import TraceFilter, insert_traces, iter_traces, stored_bytes
 from metaclaw_plugin.worker.retention import Retention, recall_round
-from tests.store_cases import TRACE, a_trace
+from tests.store_cases import TRACE, a_trace, opened
 from tests.worker_stage import worker_context, worker_settings
 
 SECRET = "the launch code is 7 7 7"
@@ -40,8 +40,8 @@ SECRET = "the launch code is 7 7 7"
 def furnish(store: Engine, agent: str, turns: int = 2, at: float = 1.0) -> str:
     """A session of ``agent`` with everything that a session can have; returns its id."""
     with store.begin() as c:
-        session = find_or_open(c, agent, Evidence("x-session-id", SECRET), at, 0)
-        add_states(c, agent, session, [f"{agent}-hash"], at)
+        session = opened(c, agent, Evidence("x-session-id", SECRET), at)
+        settle_turn(c, agent, Place(session, False, 0, 0, True, None), [f"{agent}-hash"], at, None)
         injection = {"session": session, "anchor": "system", "block": SECRET, "skills": [], "at": at}
         c.execute(schema.injections.insert().values(**injection))
         for turn in range(turns):
@@ -231,8 +231,8 @@ def test_retention_keeps_everything_by_default(store: Engine) -> None:
 
 def test_closed_sessions_without_a_trace_are_forgotten_in_the_end(store: Engine) -> None:
     with store.begin() as c:
-        gone = find_or_open(c, "alpha", Evidence("x-session-id", "gone"), 0.0, 0)
-        still_open = find_or_open(c, "alpha", Evidence("x-session-id", "open"), 0.0, 0)
+        gone = opened(c, "alpha", Evidence("x-session-id", "gone"), 0.0)
+        still_open = opened(c, "alpha", Evidence("x-session-id", "open"), 0.0)
         close_session(c, gone, "idle", 1.0)
         assert sweep_sessions(c, 6 * DAY).sessions == 0
         assert sweep_sessions(c, 8 * DAY).sessions == 1
@@ -245,7 +245,7 @@ async def test_worker_deletes_batch_by_batch_until_nothing_is_due(tmp_path: Path
         with ctx.engine.begin() as c:
             insert_traces(c, [a_trace(id=f"old-{n}", finished_at=1.0) for n in range(150)])
             insert_traces(c, [a_trace(id="new", finished_at=time.time())])
-            gone = find_or_open(c, "alpha", Evidence("x-session-id", "gone"), 0.0, 0)
+            gone = opened(c, "alpha", Evidence("x-session-id", "gone"), 0.0)
             close_session(c, gone, "idle", 1.0)
         retention = Retention(ctx)
         rounds = 0

@@ -27,7 +27,7 @@ from metaclaw_plugin.store.counters import count, read_counters
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.export import export_traces, list_summaries
 from metaclaw_plugin.store.facts import get_fact, set_fact
-from metaclaw_plugin.store.sessions import Evidence, find_or_open
+from metaclaw_plugin.store.sessions import Evidence
 from metaclaw_plugin.store.traces import (
     OVER_QUOTA,
     TraceFilter,
@@ -38,7 +38,7 @@ from metaclaw_plugin.store.traces import (
     load_session,
     stored_bytes,
 )
-from tests.store_cases import TRACE, a_trace
+from tests.store_cases import TRACE, a_trace, opened
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
@@ -177,7 +177,7 @@ def test_law_4_a_trace_is_found_by_its_own_agent_alone(store: Engine) -> None:
 
 def test_session_is_loaded_in_order(store: Engine) -> None:
     with store.begin() as c:
-        session = find_or_open(c, "alpha", Evidence("x-session-id", "one"), 5.0, 0)
+        session = opened(c, "alpha", Evidence("x-session-id", "one"), 5.0)
         insert_traces(c, [a_trace(id=f"tr-{turn}", session=session, turn=turn) for turn in (2, 0, 1)])
         found = load_session(c, session)
     assert [trace.turn for trace in found.traces] == [0, 1, 2]
