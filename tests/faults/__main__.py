@@ -124,18 +124,24 @@ async def _break(siege: Siege, given: argparse.Namespace, chance: random.Random,
     orders: list[Any] = [*_kills(given.kills, chance), *(("vllm", signal.SIGKILL) for _ in range(given.vllm_kills))]
     orders += chosen_faults(given.faults)
     chance.shuffle(orders)
-    for place, order in enumerate(orders):
+    done, of = 0, len(orders)
+    while orders:
         if siege.ended.is_set() or time.monotonic() > deadline:
-            print(f"ended after {place} of {len(orders)}", flush=True)
+            print(f"ended with {len(orders)} of {of} left", flush=True)
             return
-        await asyncio.sleep(chance.uniform(0.05, 1.2))
+        await asyncio.sleep(chance.uniform(0.05, 1.0))
+        place = next((i for i, order in enumerate(orders) if siege.is_due(order)), None)
+        if place is None:
+            continue
+        order = orders.pop(place)
         try:
             if (more := await _carry_out(siege, order)) is not None:
                 orders.append(more)
         except (TimeoutError, aiohttp.ClientError) as error:
             siege.findings.blame("not back", f"during {order}: {error!r}")
-        if place % 20 == 19:
-            print(f"{place + 1}/{len(orders)} {dict(siege.kills)}", flush=True)
+        done += 1
+        if done % 20 == 0:
+            print(f"{done}/{of} {dict(siege.kills)}", flush=True)
 
 
 async def _carry_out(siege: Siege, order: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
+import psutil
 
 from tests.faults import points
 from tests.faults.auditor import at_rest, audit_all, check_failures, stored_ids
@@ -23,6 +24,8 @@ from tests.faults.findings import Findings
 from tests.faults.stage import AGENTS, Stage
 
 BACK = 90.0  # seconds within which every agent must have an answer again
+GROWN = 14.0  # seconds that a worker of the gateway takes to start, about
+HURRY = 30.0  # seconds for the rest, when it was told to end
 RETRIES = 45.0  # seconds for which a gateway goes on trying to store what it holds
 LOSSES = ("traces_lost", "commits_late", "requests_unrecorded")
 PASSED = 15.0  # seconds for which a point that a process is to die at may wait for one to pass
@@ -96,6 +99,16 @@ class Siege:
         self.kills[f"{role} {number.name}"] += 1
         self.at_points[point] += 1
         return True
+
+    def is_due(self, order: object) -> bool:
+        """Whether a kill may be carried out now: a gateway's worker has to wait until both are up, or nobody talks."""
+        if not isinstance(order, tuple) or order[0] not in ("gateway-worker", "gateway", *points.GATEWAY_POINTS):
+            return True
+        ages = []
+        for pid in self.stage.gateway_workers():
+            with contextlib.suppress(psutil.Error):
+                ages.append(time.time() - psutil.Process(pid).create_time())
+        return len(ages) == self.stage.settings.gateway.workers and min(ages) > GROWN
 
     def _kill_one(self, pid: int, number: signal.Signals, why: str) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -186,6 +199,8 @@ class Siege:
                 took = max(served.values()) - since
                 self.backs.append(took)
                 return took
+            if self.ended.is_set() and time.monotonic() > since + HURRY / 2:
+                return HURRY / 2  # no verdict: it was not waited for
             if time.monotonic() > since + BACK:
                 self.findings.blame("not back", f"{set(AGENTS) - set(served)} had no answer for {BACK:.0f} s")
                 return BACK
@@ -208,10 +223,12 @@ class Siege:
     async def settle(self, timeout: float) -> None:
         """Hush the clients, and wait until all that was said is scored, forwarded, trained and served."""
         await self.clients.hush()
-        deadline = time.monotonic() + timeout
+        began, hurried = time.monotonic(), None
         while goes_on := await asyncio.to_thread(at_rest, self.stage):
-            if time.monotonic() > deadline:
-                self.findings.blame("not back", f"after {timeout:.0f} s there are still {goes_on}")
+            if self.ended.is_set() and hurried is None:
+                hurried = time.monotonic()
+            if time.monotonic() > min(began + timeout, (hurried or began + timeout) + HURRY):
+                self.findings.blame("not back", f"{time.monotonic() - began:.0f} s after the end: {goes_on}")
                 return
             if "unscored" not in goes_on and "forwarded" not in goes_on:
                 await self._train_rest()
@@ -221,8 +238,10 @@ class Siege:
         """Steps with what is queued, however little that is."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as http:
             for agent in AGENTS:
+                url = f"http://127.0.0.1:{self.stage.trainer_port}/v1/agents/{agent}/train"
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    await http.post(f"http://127.0.0.1:{self.stage.trainer_port}/v1/agents/{agent}/train")
+                    async with http.post(url):
+                        pass
 
     async def audit(self) -> Counter[str]:
         """Compare everything; how many requests each kind of fault has failed."""
