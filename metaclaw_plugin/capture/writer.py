@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOST = "traces_lost"  # counter: traces that were never stored, by agent
 LATE = "commits_late"  # counter: answers whose last byte went out before their trace was stored, by agent
+UNRECORDED = "requests_unrecorded"  # counter: requests that went out while the store did not answer, by agent
 
 _RETRY_DELAYS = (0.5, 2.0, 8.0, 30.0)  # seconds
 _MAX_WAITING = 10_000  # traces held in memory while the store is down
@@ -60,7 +61,7 @@ class TraceWriter:
         waiter = asyncio.wrap_future(future)
         done, _ = await asyncio.wait({waiter}, timeout=patience)
         if not done:
-            self._count(LATE, agent, 1)
+            self.count(LATE, agent, 1)
             waiter.add_done_callback(_consume)
             return False
         return waiter.exception() is None
@@ -120,9 +121,10 @@ class TraceWriter:
             "%d trace(s) of agent %s lost, the first is %s: %s",
             len(batch.traces), batch.agent, batch.traces[0].id, error,
         )  # fmt: skip
-        self._count(LOST, batch.agent, len(batch.traces))
+        self.count(LOST, batch.agent, len(batch.traces))
 
-    def _count(self, name: str, agent: str, n: int) -> None:
+    def count(self, name: str, agent: str, n: int) -> None:
+        """Count ``n`` more of ``name`` now, and in the store's counters with the next trace that is stored."""
         self._observe(name, agent, n)
         with self._lock:
             self._uncounted[name, agent] += n

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.group_commit import GroupCommit
 from metaclaw_plugin.capture.transport import RECORDING, Recording
-from metaclaw_plugin.capture.writer import TraceWriter
+from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
@@ -62,8 +62,8 @@ class Gateway:
         self._store = GroupCommit(engine)
         self._retriever = retriever
         self._planner = Planner(settings, retriever, self.in_flight)
-        writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
-        self._keeper = Keeper(settings, writer, plugins, metrics)
+        self._writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
+        self._keeper = Keeper(settings, self._writer, plugins, metrics)
         self._virtual_keys = VirtualKeyCache()
         self._started = False
 
@@ -98,7 +98,7 @@ class Gateway:
             plan, injection = await self._in_store(lambda c: self._planner.decide(c, asked), self._give_back)
         except (StoreError, TimeoutError) as error:
             logger.warning("a request of agent %s goes unrecorded: %s", agent, error)
-            self.metrics.count("requests_unrecorded", agent, 1)
+            self._writer.count(UNRECORDED, agent, 1)
             plan, injection = self._planner.without_store(agent, asked.passed_through), None
         current.plan = plan
         if injection is not None:

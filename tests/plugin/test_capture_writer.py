@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture import writer as writing
 from metaclaw_plugin.capture.group_commit import GroupCommit
-from metaclaw_plugin.capture.writer import LATE, LOST, TraceWriter
+from metaclaw_plugin.capture.writer import LATE, LOST, UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.agents import add_agent
@@ -157,6 +157,19 @@ async def test_what_is_lost_for_good_is_counted_in_the_store_as_soon_as_it_answe
     assert await writer.write("alpha", [replace(TRACE, id="tr-2")], nothing, 5.0)
     with engine.connect() as c:
         assert read_counters(c, LOST) == {LOST: {"alpha": 2}}
+
+
+@pytest.mark.law(5)
+async def test_what_went_unrecorded_is_counted_in_the_store_with_the_next_trace(
+    store: GroupCommit, engine: Engine, told: Told
+) -> None:
+    writer = TraceWriter(store, None, told)
+    writer.count(UNRECORDED, "alpha", 2)
+    assert told == {UNRECORDED: 2}
+    assert await writer.write("alpha", [TRACE], nothing, 5.0)
+    assert await writer.write("alpha", [replace(TRACE, id="tr-1")], nothing, 5.0)
+    with engine.connect() as c:
+        assert read_counters(c, UNRECORDED) == {UNRECORDED: {"alpha": 2}}
 
 
 @pytest.mark.law(5)
