@@ -20,6 +20,7 @@ from metaclaw_hooks.errors import InvalidNameError, PluginLoadError
 from metaclaw_hooks.names import slug
 
 GROUP = "metaclaw"
+MAX_NAME = 100  # characters of a plugin file's name
 Signature = tuple[int, int, int]  # modification time in ns, size, inode
 
 
@@ -54,7 +55,11 @@ def _visible(folder: Path) -> list[Path]:
         return []
 
 
-def _candidate(path: Path, agent: str | None) -> PluginFile:
+def _candidate(path: Path, agent: str | None) -> PluginFile | PluginLoadError:
+    # The name goes into logs, counters and pages: no line breaks, no bytes that are no text.
+    if not path.stem.isprintable() or len(path.stem) > MAX_NAME:
+        shown = ascii(str(path))[:200]
+        return PluginLoadError(f"{shown}: a plugin's name is at most {MAX_NAME} printable characters; rename the file")
     name = f"{agent}/{path.stem}" if agent else path.stem
     try:
         stat = path.stat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from metaclaw_plugin.skills.skill_file import Skill
 
 PROMPT_VERSION = "1"
 
+_OWN_MARK = re.compile(r"<(\s*/?\s*material)", re.IGNORECASE)
 _SHOWN = 1_500  # characters of each text
 _EARLIER = 3  # human messages before the failed one
 _TOOLS = 4  # last tool results of the exchange
@@ -67,7 +69,7 @@ def build_prompt(material: Material, limits: Limits) -> list[dict[str, Any]]:
         "failures": [_failure(failure) for failure in material.failures],
         "skills": [_skill(skill, material.uplift.get(skill.name)) for skill in material.nearest],
     }
-    text = json.dumps(data, ensure_ascii=False, indent=1).replace("</material>", "<\\/material>")
+    text = _OWN_MARK.sub(r"\\u003c\1", json.dumps(data, ensure_ascii=False, indent=1))
     return [
         {"role": "system", "content": _SYSTEM.format(edits=limits.edits, body=limits.body)},
         {"role": "user", "content": f"<material>\n{text}\n</material>\n\nAnswer with the JSON object."},

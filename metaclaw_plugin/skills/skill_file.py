@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from metaclaw_hooks.names import slug
 from metaclaw_hooks.types import SkillRef
 
 from metaclaw_plugin.errors import SkillError
-from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN
+from metaclaw_plugin.skills.query import BLOCK_OPEN
 
 FILE_NAME = "SKILL.md"
 SHARED = "_shared"  # owner of the skills that every agent has
@@ -39,6 +40,8 @@ MAX_DESCRIPTION = 1_024  # characters, as the format says
 MAX_METADATA = 32  # entries
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MARK = re.compile(rf"<\s*/?\s*{BLOCK_OPEN.strip('<>')}", re.IGNORECASE)  # what ends or opens the injected block
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed: they steer terminals, not readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +92,6 @@ def parse_skill(data: bytes, folder: str, owner: str) -> Skill:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SkillError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if "\x00" in text:
-        raise SkillError("holds a NUL character; save it as plain text")
     front, body = _split(text)
     name = _name(front, folder)
     description = _line(front, "description", MAX_DESCRIPTION)
@@ -98,10 +99,7 @@ def parse_skill(data: bytes, folder: str, owner: str) -> Skill:
         raise SkillError("the front matter has no description; say in one sentence when the skill applies")
     if not body:
         raise SkillError("nothing under the front matter; the body says what to do")
-    for mark in (BLOCK_OPEN, BLOCK_CLOSE):
-        if mark in text:
-            raise SkillError(f"holds {mark}, the mark of the injected block; take it out")
-    return Skill(
+    skill = Skill(
         name=name,
         description=description,
         body=body,
@@ -110,6 +108,18 @@ def parse_skill(data: bytes, folder: str, owner: str) -> Skill:
         category=_line(front, "category", 64) or None,
         metadata=_metadata(front.get("metadata")),
     )
+    _check_text(skill, text)
+    return skill
+
+
+def _check_text(skill: Skill, raw: str) -> None:
+    """Refuse what no text of a skill may hold, as it stands in the file and as YAML's escapes make it."""
+    parts = (raw, skill.description, skill.category or "", *skill.metadata, *skill.metadata.values())
+    for part in parts:
+        if found := _MARK.search(part):
+            raise SkillError(f"holds {found[0]!r}, the mark of the injected block; take it out")
+        if found := _CONTROL.search(part):
+            raise SkillError(f"holds the control character U+{ord(found[0]):04X}; save it as plain text")
 
 
 def render_skill(
@@ -164,6 +174,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     if len(head.encode()) > MAX_FRONT:
         raise SkillError(f"front matter of more than {MAX_FRONT:,} bytes; the body is the place for text")
     try:
+        _refuse_aliases(head)
         front = yaml.load(head, Loader=_LOADER)  # a safe loader: plain data and nothing else
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -173,6 +184,12 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     if not isinstance(front, dict):
         raise SkillError("front matter is no YAML mapping; write lines such as 'name: my-skill'")
     return front, text[end + 4 :].strip()
+
+
+def _refuse_aliases(head: str) -> None:
+    """Raise ``YAMLError`` for ``*aliases``: a page of them, merged into one another, takes for ever to read."""
+    if "*" in head and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(head, Loader=_LOADER)):
+        raise yaml.YAMLError("aliases (*name) are not read here; write out what they stand for")
 
 
 def _name(front: dict[str, Any], folder: str) -> str:

@@ -12,10 +12,9 @@ import hashlib
 import json
 import logging
 import random
-import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -249,18 +248,29 @@ class JudgeReward:
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """The verdict in a model's answer: the last JSON object that holds a score of -1, 0 or 1; ``None`` for prose."""
-    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
-        try:
-            data = json.loads(candidate)
-        except ValueError:
-            continue
+    """The verdict in a model's answer: the last JSON object that holds a score of -1, 0 or 1; ``None`` for prose.
+
+    An object inside of another, or quoted in one of its texts, is not the model's verdict.
+    """
+    for data in reversed(list(_objects(text))):
         score = data.get("score")
         if isinstance(score, int | float) and not isinstance(score, bool) and score in (-1, 0, 1):
             hint = data.get("hint")
             told = hint.strip()[:1000] if isinstance(hint, str) else ""
             return Verdict(int(score), str(data.get("rationale") or "")[:1000], told or None)
     return None
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    decoder, start = json.JSONDecoder(strict=False), text.find("{")
+    while start >= 0:
+        try:
+            found, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            end = start + 1
+        else:
+            yield found
+        start = text.find("{", end)
 
 
 def judgement(votes: list[Verdict]) -> dict[str, Any]:

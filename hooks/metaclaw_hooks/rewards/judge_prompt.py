@@ -46,7 +46,8 @@ def prompt_messages(trace: Trace, next_trace: Trace | None, rubric: str | None) 
         ("reply to judge", _render([trace.response])),
         ("what came after", _render(followed) or ("nothing yet" if next_trace is None else "no new message")),
     ]
-    text = "\n\n".join(f"<<<{name}>>>\n{content}\n<<<end of {name}>>>" for name, content in parts if content)
+    marked = ((name, content.replace("<<<", "< < <")) for name, content in parts if content)
+    text = "\n\n".join(f"<<<{name}>>>\n{content}\n<<<end of {name}>>>" for name, content in marked)
     return [
         {"role": "system", "content": _INSTRUCTIONS.format(rubric=rubric or RUBRIC)},
         {"role": "user", "content": text},
@@ -81,7 +82,7 @@ def _content(message: Message) -> str:
     if len(text) > _LONGEST:
         half = _LONGEST // 2
         text = f"{text[:half]}\n(... {len(text) - _LONGEST} characters left out ...)\n{text[-half:]}"
-    return text.replace("<<<", "< < <")
+    return text
 
 
 def _tool(tool: Any) -> Any:

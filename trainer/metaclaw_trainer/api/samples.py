@@ -29,14 +29,12 @@ from metaclaw_trainer.services import Services
 
 router = APIRouter(tags=["samples"])
 
+# Read by hand below, so that FastAPI does not put its parts among the document's components: they are found in place.
+_IN_PLACE = "#/paths/~1v1~1samples/post/requestBody/content/application~1json/schema/$defs/{model}"
 _BODY = {
     "requestBody": {
         "required": True,
-        "content": {
-            "application/json": {
-                "schema": SamplesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            }
-        },
+        "content": {"application/json": {"schema": SamplesRequest.model_json_schema(ref_template=_IN_PLACE)}},
     }
 }
 _MOST = 512  # samples in one request, as in wire.SamplesRequest
