@@ -120,44 +120,49 @@ async def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _break(siege: Siege, given: argparse.Namespace, chance: random.Random, deadline: float) -> None:
-    """Kills, mixed with the faults."""
-    orders: list[Any] = [*_kills(given.kills, chance), *(("vllm", signal.SIGKILL) for _ in range(given.vllm_kills))]
-    orders += chosen_faults(given.faults)
-    chance.shuffle(orders)
-    done, of = 0, len(orders)
+    """Kills in one row, faults in another, both at the same time."""
+    kills = [*_kills(given.kills, chance), *(("vllm", signal.SIGKILL) for _ in range(given.vllm_kills))]
+    faults = chosen_faults(given.faults)
+    chance.shuffle(kills)
+    chance.shuffle(faults)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_kill_all(siege, kills, chance, deadline))
+        group.create_task(_fault_all(siege, faults, deadline))
+
+
+async def _fault_all(siege: Siege, faults: list[Fault], deadline: float) -> None:
+    for done, fault in enumerate(faults):
+        if siege.ended.is_set() or time.monotonic() > deadline:
+            print(f"{len(faults) - done} of {len(faults)} faults are left", flush=True)
+            return
+        try:
+            row = await siege.fault(fault.name, fault.cost, fault.work, fault.kills)
+            print(f"{row.name}: {row.seconds:.0f} s, {row.requests} requests, {row.missing} not stored", flush=True)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            siege.findings.blame("not back", f"during {fault.name}: {error!r}")
+
+
+async def _kill_all(
+    siege: Siege, orders: list[tuple[str, signal.Signals]], chance: random.Random, deadline: float
+) -> None:
+    of = len(orders)
     while orders:
         if siege.ended.is_set() or time.monotonic() > deadline:
-            print(f"ended with {len(orders)} of {of} left", flush=True)
+            print(f"{len(orders)} of {of} kills are left", flush=True)
             return
         await asyncio.sleep(chance.uniform(0.05, 1.0))
-        place = next((i for i, order in enumerate(orders) if siege.is_due(order)), None)
-        if place is None:
-            continue
-        order = orders.pop(place)
-        try:
-            if (more := await _carry_out(siege, order)) is not None:
-                orders.append(more)
-        except (TimeoutError, aiohttp.ClientError) as error:
-            siege.findings.blame("not back", f"during {order}: {error!r}")
-        done += 1
-        if done % 20 == 0:
-            print(f"{done}/{of} {dict(siege.kills)}", flush=True)
-
-
-async def _carry_out(siege: Siege, order: Any) -> Any:
-    """One fault or kill; another order for one that could not be carried out."""
-    if isinstance(order, Fault):
-        row = await siege.fault(order.name, order.cost, order.work)
-        print(f"{row.name}: {row.requests} requests, {row.failed} failed, {row.missing} not stored", flush=True)
-    elif order[0] in points.POINTS:
-        if not await siege.kill_at(*order):
-            print(f"nobody passed {order[0]} in time", flush=True)
-            return siege.chance.choice(("worker", "trainer")), order[1]
-    else:
-        await siege.kill(*order)
-        if order[0] in ("gateway", "vllm"):
-            await siege.back(time.monotonic())
-    return None
+        async with siege.killing:
+            place = next((i for i, order in enumerate(orders) if siege.is_due(order)), None)
+            if place is None:
+                continue
+            name, number = orders.pop(place)
+            if name not in points.POINTS:
+                await siege.kill(name, number)
+            elif not await siege.kill_at(name, number):
+                print(f"nobody passed {name} in time", flush=True)
+                orders.append((chance.choice(("worker", "trainer")), number))
+        if sum(siege.kills.values()) % 20 == 0:
+            print(f"{sum(siege.kills.values())}/{of} {dict(siege.kills)}", flush=True)
 
 
 def _kills(count: int, chance: random.Random) -> list[tuple[str, signal.Signals]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
@@ -34,16 +35,17 @@ class Fault:
     name: str
     cost: Cost
     work: Work
+    kills: bool = True  # processes may be killed meanwhile; not where one that starts would begin anew elsewhere
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, cost: Cost = "nothing") -> Callable[[Work], Work]:
+def fault(name: str, cost: Cost = "nothing", *, kills: bool = True) -> Callable[[Work], Work]:
     """Put a function into the list."""
 
     def add(work: Work) -> Work:
-        FAULTS.append(Fault(name, cost, work))
+        FAULTS.append(Fault(name, cost, work, kills))
         return work
 
     return add
@@ -119,14 +121,14 @@ async def _unload_all(siege: Siege) -> None:
                     pass
 
 
-@fault("the adapters' files away, and vllm forgets them")
+@fault("the adapters' files away, and vllm forgets them", kills=False)
 async def adapters_away(siege: Siege) -> None:
     with _moved(siege.stage.trainer_home / "adapters"):
         await _unload_all(siege)
         await asyncio.sleep(4.0)
 
 
-@fault("the checkpoints away for 6 s")
+@fault("the checkpoints away for 6 s", kills=False)
 async def checkpoints_away(siege: Siege) -> None:
     with _moved(siege.stage.trainer_home / "adapters"):
         await siege.kill("trainer", signal.SIGKILL)
@@ -135,17 +137,18 @@ async def checkpoints_away(siege: Siege) -> None:
 
 @contextmanager
 def _moved(path: Path) -> Iterator[None]:
-    """``path`` is not there while the block runs; what was made in its place meanwhile gives way."""
+    """The folder ``path`` is elsewhere while the block runs; what was made in its place meanwhile is kept."""
     away = path.with_name(f".{path.name}.away")
-    if path.exists():
-        path.rename(away)
+    path.mkdir(parents=True, exist_ok=True)
+    path.rename(away)
     try:
         yield
     finally:
-        if away.exists():
-            if path.is_dir():
-                path.rename(path.with_name(f".{path.name}.meanwhile"))
-            away.rename(path)
+        for made in path.glob("*/v*"):  # a version that was listed meanwhile
+            (away / made.parent.name).mkdir(exist_ok=True)
+            made.rename(away / made.parent.name / made.name)
+        shutil.rmtree(path, ignore_errors=True)
+        away.rename(path)
 
 
 @fault("disk of the store full", "records")
@@ -198,13 +201,13 @@ async def queue_locked(siege: Siege) -> None:
         await asyncio.sleep(8.0)
 
 
-@fault("file of the store away for 5 s", "records")
+@fault("file of the store away for 5 s", "records", kills=False)
 async def store_file_away(siege: Siege) -> None:
     with _database_moved(siege.stage.store_file):
         await asyncio.sleep(5.0)
 
 
-@fault("file of the trainer's queue away for 5 s")
+@fault("file of the trainer's queue away for 5 s", kills=False)
 async def queue_file_away(siege: Siege) -> None:
     with _database_moved(siege.stage.trainer_home / "queue.db"):
         await asyncio.sleep(5.0)
@@ -249,20 +252,24 @@ fault("the trainer's clock a day behind, and back")(_clocks(-24 * HOUR, ("traine
 async def worker_frozen(siege: Siege) -> None:
     pid = siege.stage.pid("worker")
     siege.stage.order("free worker-2")
-    os.kill(pid, signal.SIGSTOP)
-    await asyncio.sleep(14.0)
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # it may be killed meanwhile
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(14.0)
+        os.kill(pid, signal.SIGCONT)
     await asyncio.sleep(2.0)
     siege.stage.order("hold worker-2")
-    os.kill(siege.stage.pid("worker-2"), signal.SIGTERM)
+    if pid := siege.stage.pid("worker-2"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 @fault("a gateway worker frozen for 4 s")
 async def gateway_frozen(siege: Siege) -> None:
     pid = siege.chance.choice(siege.stage.gateway_workers())
-    os.kill(pid, signal.SIGSTOP)
-    await asyncio.sleep(4.0)
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(4.0)
+        os.kill(pid, signal.SIGCONT)
 
 
 @fault("the gateway restarted by SIGTERM", "requests")

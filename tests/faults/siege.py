@@ -40,7 +40,7 @@ class Row:
     cost: Cost
     seconds: float = 0.0  # that it lasted
     requests: int = 0  # that were under way while it did
-    failed: int = 0
+    failed: int = 0  # by this fault; known after the audit
     missing: int = 0  # answers without a stored trace
     counted: int = 0  # of those, as the gateway says
     back: float = 0.0  # seconds until every agent had an answer that was asked for after the fault
@@ -62,6 +62,11 @@ class Siege:
     unrecorded: int = 0  # answers without a trace id, counted
     backs: list[float] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    going_on: Cost | Literal["no kills"] | None = None  # what the fault that goes on may cost; or it wants no kills
+    killing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an order to kill is carried out
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _gateway: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _vllm: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # kills -----------------------------------------------------------------------------------------------------------
 
@@ -74,8 +79,11 @@ class Siege:
         elif name == "gateway-worker":
             pids = self.stage.gateway_workers()
             if not pids:
-                return
-            self._kill_one(self.chance.choice(pids), number, "gateway worker killed")
+                return  # all of them are starting
+            pid, now = self.chance.choice(pids), time.monotonic()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            self._excuse(pid, now)
         elif pid := self.stage.pid(name):
             with contextlib.suppress(ProcessLookupError):  # it ended a moment ago and will be started again
                 os.kill(pid, number)
@@ -92,35 +100,55 @@ class Siege:
                 deadline += 1.0
             await asyncio.sleep(0.02)
         if point in points.GATEWAY_POINTS:
-            self._excuse(done.at, 20.0 if number is signal.SIGTERM else 0.5, "gateway worker killed")
-        role = "gateway-worker" if point in points.GATEWAY_POINTS else (
-            "worker" if point in points.WORKER_POINTS else "trainer"
-        )  # fmt: skip
-        self.kills[f"{role} {number.name}"] += 1
+            self._excuse(done.pid, done.at)
+        self.kills[f"{role_of(point)} {number.name}"] += 1
         self.at_points[point] += 1
         return True
 
-    def is_due(self, order: object) -> bool:
-        """Whether a kill may be carried out now: a gateway's worker has to wait until both are up, or nobody talks."""
-        if not isinstance(order, tuple) or order[0] not in ("gateway-worker", "gateway", *points.GATEWAY_POINTS):
-            return True
+    def is_due(self, order: tuple[str, signal.Signals]) -> bool:
+        """Whether a kill may be carried out now.
+
+        Who is to be killed must run. A worker of the gateway has to wait until both are up, or nobody would talk; and
+        the gateway as a whole until a fault that costs records is over, since it forgets what it has counted.
+        """
+        role = role_of(order[0])
+        if self.going_on == "no kills" or role == "vllm":
+            return self.going_on != "no kills"
+        if not role.startswith("gateway"):
+            return bool(self.stage.pid(role))
+        if self.going_on == "records" and role == "gateway":
+            return False
         ages = []
         for pid in self.stage.gateway_workers():
             with contextlib.suppress(psutil.Error):
                 ages.append(time.time() - psutil.Process(pid).create_time())
         return len(ages) == self.stage.settings.gateway.workers and min(ages) > GROWN
 
-    def _kill_one(self, pid: int, number: signal.Signals, why: str) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-            # Told to stop, uvicorn closes what it has accepted and not read yet, and ends what it has begun.
-            self._excuse(time.monotonic(), 20.0 if number is signal.SIGTERM else 0.5, why)
+    def _excuse(self, pid: int, at: float) -> None:
+        """What is in flight may fail from ``at`` until the worker is gone.
 
-    def _excuse(self, at: float, lasting: float, why: str) -> None:
-        self.excuses.append((at - 0.05, at + lasting, why))
+        Told to stop, it ends what it has begun; a connection that it has taken and not read from yet is closed.
+        """
+
+        async def watch() -> None:
+            while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.05)
+
+        async def excuse() -> None:
+            with contextlib.suppress(psutil.Error):  # gone between two looks
+                await watch()
+            self.excuses.append((at - 0.05, time.monotonic() + 0.1, "gateway worker killed"))
+
+        task = asyncio.create_task(excuse())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def restart_gateway(self, number: signal.Signals) -> None:
         """End the gateway with its workers, and start it as a supervisor would."""
+        async with self._gateway:
+            await self._restart_gateway(number)
+
+    async def _restart_gateway(self, number: signal.Signals) -> None:
         began = time.monotonic()
         process = self.stage.gateway
         if number is signal.SIGTERM:
@@ -136,6 +164,10 @@ class Siege:
 
     async def restart_vllm(self, number: signal.Signals) -> None:
         """End vLLM and start it again; it has forgotten every adapter then."""
+        async with self._vllm:
+            await self._restart_vllm(number)
+
+    async def _restart_vllm(self, number: signal.Signals) -> None:
         began = time.monotonic()
         process = self.stage.vllm
         with contextlib.suppress(ProcessLookupError):
@@ -149,29 +181,43 @@ class Siege:
 
     # faults ----------------------------------------------------------------------------------------------------------
 
-    async def fault(self, name: str, cost: Cost, work: Callable[[Siege], Awaitable[None]]) -> Row:
+    async def fault(self, name: str, cost: Cost, work: Callable[[Siege], Awaitable[None]], kills: bool = True) -> Row:
         """Let ``work`` break something and mend it again; then see that service is back, and what is missing."""
-        row = Row(name, cost)
-        await self.back(time.monotonic())  # so that what fails from here on is this fault's doing
+        async with self.killing if not kills else contextlib.nullcontext():
+            if not kills:
+                await self._all_up()
+            return await self._fault(Row(name, cost), work, kills)
+
+    async def _all_up(self) -> None:
+        """Wait until every process runs and none has only begun to."""
+        while not self.is_due(("gateway-worker", signal.SIGKILL)):
+            await asyncio.sleep(0.5)
+        await self.stage.all_answer()
+        await asyncio.sleep(3.0)
+
+    async def _fault(self, row: Row, work: Callable[[Siege], Awaitable[None]], kills: bool) -> Row:
+        cost = row.cost
+        await self.back(time.monotonic())
         before = await self.stage.counted()
         first, began = len(self.clients.asked), time.monotonic()
+        self.going_on = cost if kills else "no kills"
         await work(self)
         mended = time.monotonic()
         row.seconds = mended - began
         if cost == "requests":
-            self.excuses.append((began - 0.05, mended + 1.0, name))
+            self.excuses.append((began - 0.05, mended + 1.0, row.name))
         row.back = await self.back(mended)
         during = [one for one in self.clients.asked[first:] if one.began <= mended]
         row.requests = len(during)
-        row.failed = sum(one.failed for one in during)
         bare = [one for one in during if one.whole and not one.trace]
         missing = await self._missing([one.trace for one in during if one.whole and one.trace], cost == "records")
         row.missing = len(missing) + len(bare)
         if row.missing:
             after = await self.stage.counted()
             row.counted = sum(after.get(loss, 0) - before.get(loss, 0) for loss in LOSSES)
+        self.going_on = None
         if row.missing and (cost != "records" or row.missing > row.counted):
-            self.findings.blame("lost", f"{name}: {row.missing} answers have no trace, {row.counted} are counted")
+            self.findings.blame("lost", f"{row.name}: {row.missing} answers have no trace, {row.counted} are counted")
         self.forgiven |= missing
         self.unrecorded += len(bare)
         self.rows.append(row)
@@ -245,8 +291,21 @@ class Siege:
 
     async def audit(self) -> Counter[str]:
         """Compare everything; how many requests each kind of fault has failed."""
+        await asyncio.gather(*self._tasks)
         bare = sum(one.whole and not one.trace for one in self.clients.asked)
         if bare > self.unrecorded:
             self.findings.blame("lost", f"{bare - self.unrecorded} answers went unrecorded while the store was well")
         await asyncio.to_thread(audit_all, self.stage, self.clients.asked, self.forgiven, self.findings)
-        return check_failures(self.clients.asked, self.excuses, self.findings)
+        excused = check_failures(self.clients.asked, self.excuses, self.findings)
+        for row in self.rows:
+            row.failed = excused[row.name]
+        return excused
+
+
+def role_of(name: str) -> str:
+    """Who is killed by an order that names a process, or a point."""
+    if name not in points.POINTS:
+        return name
+    if name in points.GATEWAY_POINTS:
+        return "gateway-worker"
+    return "worker" if name in points.WORKER_POINTS else "trainer"

@@ -157,11 +157,18 @@ class Stage:
         """What the gateway has counted: name -> how many, of all agents."""
         headers = {"authorization": f"Bearer {internal_key(self.settings.home)}"}
         timeout = aiohttp.ClientTimeout(total=90)  # both workers may be starting
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as http,
-            http.get(f"{self.url}/metaclaw/metrics", headers=headers) as answer,
-        ):
-            text = await answer.text()
+        text, deadline = "", time.monotonic() + START_TIMEOUT
+        while not text:
+            try:
+                async with (
+                    aiohttp.ClientSession(timeout=timeout) as http,
+                    http.get(f"{self.url}/metaclaw/metrics", headers=headers) as answer,
+                ):
+                    text = await answer.text()
+            except (aiohttp.ClientError, TimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)  # the worker that had the question was killed
         found: dict[str, int] = {}
         for line in text.splitlines():
             if line.startswith("metaclaw_events_total{"):
