@@ -156,11 +156,14 @@ async def _kill_all(
             if place is None:
                 continue
             name, number = orders.pop(place)
-            if name not in points.POINTS:
-                await siege.kill(name, number)
-            elif not await siege.kill_at(name, number):
-                print(f"nobody passed {name} in time", flush=True)
-                orders.append((chance.choice(("worker", "trainer")), number))
+            try:
+                if name not in points.POINTS:
+                    await siege.kill(name, number)
+                elif not await siege.kill_at(name, number):
+                    print(f"nobody passed {name} in time", flush=True)
+                    orders.append((chance.choice(("worker", "trainer")), number))
+            except TimeoutError as error:
+                siege.findings.blame("not back", f"after the kill of {name}: {error}")
         if sum(siege.kills.values()) % 20 == 0:
             print(f"{sum(siege.kills.values())}/{of} {dict(siege.kills)}", flush=True)
 

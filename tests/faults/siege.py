@@ -201,8 +201,14 @@ class Siege:
         before = await self.stage.counted()
         first, began = len(self.clients.asked), time.monotonic()
         self.going_on = cost if kills else "no kills"
-        await work(self)
-        mended = time.monotonic()
+        try:
+            await work(self)
+            return await self._after(row, first, began, before)
+        finally:
+            self.going_on = None
+
+    async def _after(self, row: Row, first: int, began: float, before: dict[str, int]) -> Row:
+        cost, mended = row.cost, time.monotonic()
         row.seconds = mended - began
         if cost == "requests":
             self.excuses.append((began - 0.05, mended + 1.0, row.name))
@@ -215,7 +221,6 @@ class Siege:
         if row.missing:
             after = await self.stage.counted()
             row.counted = sum(after.get(loss, 0) - before.get(loss, 0) for loss in LOSSES)
-        self.going_on = None
         if row.missing and (cost != "records" or row.missing > row.counted):
             self.findings.blame("lost", f"{row.name}: {row.missing} answers have no trace, {row.counted} are counted")
         self.forgiven |= missing
