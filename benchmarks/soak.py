@@ -73,6 +73,7 @@ async def soak(given: argparse.Namespace) -> dict[str, Any]:
                 "clients": given.clients,
                 "idle_after": rest,
                 "stored": stored(stage) - len([one for one in [*warm, *peak] if one.whole]),
+                "counted": await stage.counted(),
             }
 
 
@@ -81,9 +82,14 @@ async def streams(given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="metaclaw-soak-") as folder:
         async with standing(Path(folder), model_path("tiny"), workers=1, breakable=False, pause=STREAM_PIECE) as stage:
             stopped = stop_signals()
-            clients = Clients(stage, given.streams, 1, pause=0.0, streams=1.0)
+            clients = Clients(stage, given.streams, 1, pause=0.0, streams=1.0, patience=300.0)
             rows = await watched(stage, clients, given.minutes * 60, stopped)
-            return {**summary(clients.asked, rows, stage), "streams": given.streams, "stored": stored(stage)}
+            return {
+                **summary(clients.asked, rows, stage),
+                "streams": given.streams,
+                "stored": stored(stage),
+                "counted": await stage.counted(),
+            }
 
 
 def stop_signals() -> asyncio.Event:

@@ -49,6 +49,7 @@ class Clients:
     seed: int
     max_tokens: int = 24
     pause: float = PAUSE
+    patience: float = PATIENCE
     streams: float = 0.6  # share of the requests that stream
     asked: list[Asked] = field(default_factory=list)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,7 +61,7 @@ class Clients:
         self._go.set()
         # A connection of its own for each request: none is held by a process that has died meanwhile.
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=self.patience)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http, asyncio.TaskGroup() as group:
             for number in range(self.count):
                 group.create_task(self._client(http, number))

@@ -214,7 +214,10 @@ def _settings(folder: Path, model: Path, trainer_home: Path, ports: dict[str, in
 async def standing(
     folder: Path, model: Path, *, real_vllm: bool = False, workers: int = 2, breakable: bool = True, pause: float = 0.02
 ) -> AsyncIterator[Stage]:
-    """The whole system, ready; ended when the block ends."""
+    """The whole system, ready; ended when the block ends.
+
+    ``breakable``: with the named points in the gateway, and small disks; ``pause``: between two pieces of an answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     vllm_port, trainer_port = pick_free_port(), pick_free_port()
     targets = {"gateway-vllm": vllm_port, "worker-vllm": vllm_port, "trainer-vllm": vllm_port}
@@ -230,8 +233,8 @@ async def standing(
     config = write_config(folder, upstream, made["gateway"]["port"], ours=True, **made)
     settings = load_settings(config)
     with contextlib.ExitStack() as ended:
-        ended.enter_context(store_disk.mounted())
-        ended.enter_context(trainer_disk.mounted())
+        ended.enter_context(store_disk.mounted(small=breakable))
+        ended.enter_context(trainer_disk.mounted(small=breakable))
         (settings.home / "hooks").mkdir(parents=True)
         (settings.home / "hooks" / "parity.py").write_text(REWARD, encoding="utf-8")
         stage = Stage(folder, config, settings, _agents(settings), model, real_vllm, links, store_disk, trainer_disk,
