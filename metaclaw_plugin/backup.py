@@ -171,6 +171,10 @@ def _copy_sqlite(path: Path, target: Path) -> None:
 def _unpack(archive: Path, folder: Path) -> dict[str, Any]:
     try:
         with tarfile.open(archive, "r:gz") as tar:
+            # A link that stays in the archive's folder leads out of the home once that is moved to its place.
+            odd = next((one.name for one in tar if not (one.isreg() or one.isdir() or one.islnk())), None)
+            if odd is not None:
+                raise BackupError(f"{archive} holds {odd!r}, which is neither a file nor a folder; it is none of ours")
             tar.extractall(folder, filter="data")
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:

@@ -7,8 +7,9 @@ do not write through it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def open_store(url: str) -> Engine:
         if parsed.drivername in {"postgresql", "postgres"}:
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make_private(Path(parsed.database))
         plain = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
     except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}; check metaclaw.store.url") from error
@@ -116,6 +117,15 @@ def _replacing_insert(dialect: str, table: sa.Table, replaced: tuple[str, ...]) 
 
 def _insert(dialect: str, table: sa.Table) -> Any:
     return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+def _make_private(path: Path) -> None:
+    """Make an empty database that its owner alone may read; SQLite gives its side files the same rights."""
+    if path.name == ":memory:" or str(path).startswith("file:"):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _shown(url: str) -> str:

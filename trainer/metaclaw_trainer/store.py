@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def open_store(url: str) -> Store:
     shown = parsed.render_as_string(hide_password=True)
     try:
         if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make_private(Path(parsed.database))
         engine = sa.create_engine(
             parsed,
             pool_pre_ping=parsed.get_backend_name() != "sqlite",
@@ -85,6 +86,15 @@ def open_store(url: str) -> Store:
     except (SQLAlchemyError, OSError, ModuleNotFoundError) as error:
         raise StoreError(f"cannot open the trainer's store {shown}: {_first_line(error)}") from error
     return store
+
+
+def _make_private(path: Path) -> None:
+    """Make an empty database that its owner alone may read; SQLite gives its side files the same rights."""
+    if path.name == ":memory:" or str(path).startswith("file:"):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def insert_missing(c: sa.Connection, table: sa.Table, values: dict[str, Any]) -> None:
