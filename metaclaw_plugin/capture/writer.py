@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ LATE = "commits_late"  # counter: answers whose last byte went out before their 
 UNRECORDED = "requests_unrecorded"  # counter: requests that went out while the store did not answer, by agent
 
 _RETRY_DELAYS = (0.5, 2.0, 8.0, 30.0)  # seconds
+_MOMENT = 0.005  # seconds
 _MAX_WAITING = 10_000  # traces held in memory while the store is down
 
 After = Callable[[sa.Connection], None]
@@ -52,12 +53,19 @@ class TraceWriter:
         self._waiting = 0
         self._uncounted: Counter[tuple[str, str]] = Counter()  # what the counters table has yet to be told
 
-    async def write(self, agent: str, traces: Sequence[Trace], after: After, patience: float) -> bool:
+    async def write(
+        self, agent: str, traces: Sequence[Trace], after: After, patience: float, alone: bool = False
+    ) -> bool:
         """Store ``traces`` and run ``after`` in the same transaction; wait at most ``patience`` seconds for it.
+
+        ``alone``: no other request is on its way, so the event loop itself may wait for a moment. Otherwise it would
+        first do what LiteLLM has put off until after the answer, which takes longer than the commit.
 
         False: not stored in time. It is tried further, and counted as lost if that fails for good.
         """
         future = self.submit(agent, traces, after)
+        if alone:
+            wait([future], timeout=_MOMENT)
         waiter = asyncio.wrap_future(future)
         done, _ = await asyncio.wait({waiter}, timeout=patience)
         if not done:

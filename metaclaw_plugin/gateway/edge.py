@@ -31,7 +31,6 @@ class Edge:
         if dialect is None:
             await self._app(scope, receive, send)
             return
-        self._gateway.start()
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         current = CurrentRequest(dialect, headers)
         scope = self._take_credentials(scope, current)
@@ -40,6 +39,7 @@ class Edge:
         if (refusal := await body.read()) is not None:
             await answer.refuse(*refusal)
             return
+        self._gateway.open_request()
         tokens = CURRENT.set(current), RECORDING.set(None)
         try:
             await self._app(scope, body.receive, answer.take)

@@ -32,12 +32,15 @@ class Keeper:
         self._plugins = plugins
         self._metrics = metrics
 
-    async def commit(self, current: CurrentRequest) -> None:
-        """Store what was answered; returns once it is committed, or when the wait for that is over."""
+    async def commit(self, current: CurrentRequest, alone: bool) -> None:
+        """Store what was answered; returns once it is committed, or when the wait for that is over.
+
+        ``alone``: no other request is on its way.
+        """
         if (batch := await self._batch(current)) is None:
             return
         started = time.perf_counter()
-        stored = await self._writer.write(*batch, self._settings.gateway.commit_timeout)
+        stored = await self._writer.write(*batch, self._settings.gateway.commit_timeout, alone)
         self._metrics.committed(stored, time.perf_counter() - started)
 
     def keep_rest(self, current: CurrentRequest) -> None:

@@ -66,9 +66,11 @@ class Gateway:
         self._keeper = Keeper(settings, self._writer, plugins, metrics)
         self._virtual_keys = VirtualKeyCache()
         self._started = False
+        self._open = 0  # requests on their way
 
-    def start(self) -> None:
-        """Begin what goes on beside requests; called from the event loop, any number of times."""
+    def open_request(self) -> None:
+        """A request has come in; called from the event loop, and answered by one ``close_request``."""
+        self._open += 1
         if not self._started:
             self._started = True
             in_background(self.in_flight.run())
@@ -129,10 +131,11 @@ class Gateway:
 
     async def commit(self, current: CurrentRequest) -> None:
         """Store what was answered; returns once it is committed, or when the wait for that is over."""
-        await self._keeper.commit(current)
+        await self._keeper.commit(current, alone=self._open == 1)
 
     def close_request(self, current: CurrentRequest) -> None:
         """The request has ended, one way or another: what is not stored yet is queued, without a wait."""
+        self._open -= 1
         if current.plan is None:
             return
         if current.plan.ticket is not None:

@@ -112,7 +112,7 @@ async def test_what_comes_after_is_in_the_same_transaction(store: GroupCommit, d
 async def test_a_trace_written_twice_is_stored_once(store: GroupCommit, database: Path, told: Told) -> None:
     writer = TraceWriter(store, None, told)
     assert await writer.write("alpha", [TRACE], nothing, 5.0)
-    assert await writer.write("alpha", [TRACE], nothing, 5.0)
+    assert await writer.write("alpha", [TRACE], nothing, 5.0, alone=True)
     assert stored(database) == ["tr-0"]
 
 
@@ -121,7 +121,7 @@ async def test_a_store_that_does_not_answer_costs_the_wait_and_no_more(
     store: GroupCommit, database: Path, told: Told
 ) -> None:
     hold = Hold(database)
-    assert not await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 0.05)
+    assert not await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 0.05, alone=True)
     assert told == {LATE: 1}
     hold.release()
     await until(lambda: stored(database) == ["tr-0"])
