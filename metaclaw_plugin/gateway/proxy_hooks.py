@@ -23,7 +23,7 @@ from metaclaw_plugin.gateway.limits import too_many
 from metaclaw_plugin.gateway.reach import forbidden_model
 from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
 from metaclaw_plugin.gateway.runtime import process_gateway
-from metaclaw_plugin.gateway.upstream import ask_for_usage, is_listed, tapped_client
+from metaclaw_plugin.gateway.upstream import ask_for_usage, give_price, is_listed, tapped_client
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
     except (MetaclawError, TimeoutError) as error:
         logger.error("a request could not be prepared: %s", error)
         raise HTTPException(503, "the gateway cannot take this request just now; try again") from error
+    if current.plan is not None and current.plan.on_own_model:
+        give_price(current.plan.agent.name, current.plan.upstream_name)
     if current.dialect == "chat" and data.get("model") != model:
         ask_for_usage(data)
     return data

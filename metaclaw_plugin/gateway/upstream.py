@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import httpx
+import litellm
 from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 from litellm.proxy import proxy_server
 from litellm.proxy.common_request_processing import _stream_usage_tracking_updates
@@ -15,6 +16,13 @@ from metaclaw_plugin.gateway.healing import HealingTransport
 from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.routing import UPSTREAM
 from metaclaw_plugin.gateway.runtime import process_gateway
+
+_RATES = (
+    "input_cost_per_token",
+    "output_cost_per_token",
+    "cache_creation_input_token_cost",
+    "cache_read_input_token_cost",
+)
 
 
 @cache
@@ -37,6 +45,18 @@ def ask_for_usage(data: dict[str, Any]) -> None:
             data=data, general_settings=general, route_type="acompletion", supports_stream_options=lambda: True
         )
     )
+
+
+@cache
+def give_price(agent: str, upstream_name: str) -> None:
+    """Tell LiteLLM that the agent's own model costs nothing, by each name that it looks up, unless it has a price.
+
+    A model without a price is looked for in the whole price list, eight times a request.
+    """
+    free = dict.fromkeys(_RATES, 0.0)
+    names = (f"hosted_vllm/{name}" for name in (agent, upstream_name, f"{UPSTREAM}/{agent}"))
+    priced = {name: {"litellm_provider": "hosted_vllm", "mode": "chat"} | free for name in names}
+    litellm.register_model({name: price for name, price in priced.items() if name not in litellm.model_cost})
 
 
 def is_listed(model: str) -> bool:
