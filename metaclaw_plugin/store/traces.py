@@ -17,12 +17,17 @@ from sqlalchemy.engine import Connection, RowMapping
 from metaclaw_plugin.errors import UnknownSessionError, UnknownTraceError
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.codec import decode_trace, encode_trace
-from metaclaw_plugin.store.counters import count, read_counters
+from metaclaw_plugin.store.counters import count
 from metaclaw_plugin.store.engine import insert_or_ignore
 
 STORED_BYTES = "stored_bytes"  # counter: bytes of each agent's traces in the store
 OVER_QUOTA = "traces_over_quota"  # counter: traces of each agent that were not stored for want of quota
 _PAGE = 100  # traces held in memory at once
+
+# Built once, since every stored trace asks it.
+_STORED = sa.select(sa.func.coalesce(sa.func.sum(schema.counters.c.value), 0)).where(
+    schema.counters.c.name == sa.bindparam("name")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ def insert_traces(
 
 def stored_bytes(c: Connection) -> int:
     """Bytes of all stored traces: bodies and token columns, without indexes."""
-    return sum(read_counters(c, STORED_BYTES).get(STORED_BYTES, {}).values())
+    return int(c.execute(_STORED, {"name": STORED_BYTES}).scalar_one())
 
 
 def get_trace(c: Connection, trace_id: str) -> Trace:
