@@ -99,5 +99,9 @@ class BackupError(MetaclawError):
     """A backup could not be written, or is none that can be restored."""
 
 
+class LitellmAdminError(MetaclawError):
+    """LiteLLM's admin API did not answer, or refused."""
+
+
 class ClaimError(MetaclawError, PermissionError):
     """What was shown to sign in to the console does not count."""

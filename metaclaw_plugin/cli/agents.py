@@ -10,6 +10,7 @@ import typer
 
 from metaclaw_plugin.cli.agent_settings import set_
 from metaclaw_plugin.cli.options import AsJson, Config
+from metaclaw_plugin.cli.virtual_keys import make_virtual_key
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -33,7 +34,8 @@ def add(
 ) -> None:
     """Add an agent and make its first key, which is shown this once.
 
-    Give the key to the agent's client, with the gateway as its base URL.
+    Give the key to the agent's client, with the gateway as its base URL. With `metaclaw.gateway.admin_key` it is one of
+    LiteLLM's virtual keys.
     """
     from metaclaw_plugin.store.agents import add_agent, new_key
 
@@ -41,8 +43,8 @@ def add(
     chosen = _mode(mode)
     with engine.begin() as c:
         add_agent(c, name, chosen)
-        key = new_key(c, [name])
-    _print_key(settings, key, name, as_json)
+        key = None if settings.gateway.admin_key else new_key(c, [name])
+    _print_key(settings, key or make_virtual_key(settings, engine, [name]), name, as_json)
 
 
 @app.command("list")
@@ -129,13 +131,11 @@ def keys(
     A key made with --also acts for several agents: the first one, unless the client sends x-agent-id.
     """
     from metaclaw_plugin.errors import UnknownKeyError
-    from metaclaw_plugin.store.agents import get_record, list_keys, new_key, revoke_key
+    from metaclaw_plugin.store.agents import get_record, list_keys, revoke_key
 
     settings, engine = _open(config)
     if new:
-        with engine.begin() as c:
-            key = new_key(c, [name, *(also or [])])
-        _print_key(settings, key, name, as_json)
+        _print_key(settings, _one_more_key(settings, engine, [name, *(also or [])]), name, as_json)
         return
     if revoke is not None:
         with engine.begin() as c:
@@ -154,6 +154,8 @@ def keys(
         _print_table(rows, ("id", "ends_in", "agents"))
     else:
         typer.echo(f"{name} has no keys; `metaclaw agents keys {name} --new` makes one")
+    if settings.gateway.admin_key and not as_json:
+        typer.echo("its virtual keys are on LiteLLM's Virtual Keys page, to be revoked there")
 
 
 @app.command()
@@ -236,6 +238,15 @@ def owner(
         if value is not None:
             set_owner(c, name, None if value == "none" else value)
         typer.echo(get_record(c, name).owner or "none")
+
+
+def _one_more_key(settings: Settings, engine: Engine, agents: list[str]) -> NewKey:
+    from metaclaw_plugin.store.agents import new_key
+
+    if settings.gateway.admin_key:
+        return make_virtual_key(settings, engine, agents)
+    with engine.begin() as c:
+        return new_key(c, agents)
 
 
 def _open(config: Path | None) -> tuple[Settings, Engine]:

@@ -15,6 +15,7 @@ from metaclaw_plugin.worker.corrections import correction_round
 from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
 from metaclaw_plugin.worker.judge_book import StoreJudgeBook
+from metaclaw_plugin.worker.listing import Lister
 from metaclaw_plugin.worker.modes import Modes
 from metaclaw_plugin.worker.publishing import Publisher
 from metaclaw_plugin.worker.retention import Retention, recall_round
@@ -44,6 +45,8 @@ def tasks_for(ctx: WorkerContext) -> list[Round]:
         Round("upkeep", lambda: _upkeep(ctx), UPKEEP),
         Round("skills", SkillKeeper(ctx).round, poll),
     ]
+    if ctx.settings.gateway.admin_key is not None:
+        tasks.append(Round("listing", Lister(ctx).round, max(poll, 2.0)))
     if ctx.settings.rl.enabled:
         publisher = Publisher(ctx)
         tasks += [

@@ -198,6 +198,18 @@ def test_hostile_text_runs_nothing_and_hides_nothing(page: Page, running: Runnin
     assert page.evaluate("document.querySelectorAll('main img, main iframe, main svg, main script').length") == 0
 
 
+def test_a_megabyte_of_hostile_text_comes_whole_when_asked_for_and_runs_nothing(page: Page, running: Running) -> None:
+    long = ("<img src=x onerror=alert(1)> " * 60 + "\u202etxt ") * 580 + "THE END"
+    message = {"role": "user", "content": long}
+    store_traces(running.house, a_trace(id="tr-l", session="ses-l", response_id=None, messages=(message,)))
+    page.goto("/sessions/ses-l")
+    expect(page.get_by_text("THE END")).to_have_count(0)
+    page.get_by_role("link", name="characters that are left").click()
+    expect(page.get_by_text("THE END")).to_have_count(1, timeout=PATIENCE)
+    assert page.evaluate("document.querySelectorAll('main img').length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
 def test_markup_that_got_onto_a_page_would_still_run_nothing(chromium: Browser, running: Running) -> None:
     page = chromium.new_page()
     page.goto(running.url)
