@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from metaclaw_plugin.capture.transport import RECORDING
 from metaclaw_plugin.gateway.answer import Answer
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
@@ -29,7 +31,7 @@ class Edge:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         dialect = dialect_of(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if dialect is None:
-            await self._app(scope, receive, send)
+            await self._pass(scope, receive, send)
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         current = CurrentRequest(dialect, headers)
@@ -48,6 +50,28 @@ class Edge:
             RECORDING.reset(tokens[1])
             answer.end()
             self._gateway.close_request(current)
+
+    async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
+        """What asks for no answer of a model: LiteLLM reads its body, and no more of it than is allowed."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._gateway.settings.gateway.max_body_bytes
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            await Answer(CurrentRequest("chat", {}), self._gateway, send).refuse(*_too_long(limit))
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise HTTPException(*_too_long(limit))
+            return message
+
+        await self._app(scope, counted, send)
 
     def _take_credentials(self, scope: Message, current: CurrentRequest) -> Message:
         """Take the caller's own upstream key off the request, so that LiteLLM never sees, logs or stores it."""
@@ -72,7 +96,7 @@ class _Body:
         """Status and complaint if the body cannot be taken."""
         length = self._headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
-            return self._too_long()
+            return _too_long(self._limit)
         parts, size, more = [], 0, True
         while more:
             message = await self._receive()
@@ -83,7 +107,7 @@ class _Body:
             size += len(parts[-1])
             more = message.get("more_body", False)
             if size > self._limit:
-                return self._too_long()
+                return _too_long(self._limit)
         body = b"".join(parts)
         self._ready = [{"type": "http.request", "body": body, "more_body": False}]
         # LiteLLM takes any JSON value for an object, and fails over it with a bare 500.
@@ -94,6 +118,6 @@ class _Body:
     async def receive(self) -> Message:
         return self._ready.pop() if self._ready else await self._receive()
 
-    def _too_long(self) -> tuple[int, str]:
-        limit = f"the request body is longer than {self._limit} bytes"
-        return 413, f"{limit}; send less, or raise metaclaw.gateway.max_body_bytes"
+
+def _too_long(limit: int) -> tuple[int, str]:
+    return 413, f"the request body is longer than {limit} bytes; send less, or raise metaclaw.gateway.max_body_bytes"

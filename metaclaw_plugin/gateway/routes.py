@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
 
 from metaclaw_plugin.errors import (
     ForbiddenAgentError,
@@ -115,6 +116,8 @@ class _OwnRoute(APIRoute):
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 return _error(400, f"{where}: {first['msg']}")
+            except HTTPException as error:
+                return _error(error.status_code, str(error.detail))
             except MetaclawError as error:
                 status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
                 return _error(status, str(error))
