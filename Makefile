@@ -3,15 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup models demo test faults docs lock lint clean
+.PHONY: help setup models demo test faults fuzz docs lock sbom audit lint clean
 
 help:
 	@echo "make demo    set up, then two agents learn opposite styles by being talked to (about 20 minutes on 2 cores)"
 	@echo "make test    set up, then style, types and all tests"
 	@echo "make faults  kill and break the whole system under traffic, then compare what is kept with what was received"
+	@echo "make fuzz    attack the running system: 20,000 made-up requests, every route with every key"
 	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
 	@echo "make docs    write the configuration reference anew from the settings classes"
 	@echo "make lock    pin what the gateway installs, with hashes, into deploy/gateway.lock"
+	@echo "make sbom    list what the lock installs as a CycloneDX file, dist/gateway.cdx.json"
+	@echo "make audit   look up known vulnerabilities of what the lock installs; needs the network"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove the virtual environment, caches and runs"
 
@@ -31,12 +34,27 @@ lock: setup
 	$(BIN)/uv pip compile pyproject.toml --extra gateway --extra postgres --universal --python-version 3.11 \
 		--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet $(LOCK_ARGS) -o deploy/gateway.lock
 
+# Tools of the two targets below stay out of the virtual environment; uv keeps them in its cache.
+sbom: setup
+	@mkdir -p dist
+	$(BIN)/uv tool run --from "cyclonedx-bom>=7.2,<8" cyclonedx-py requirements deploy/gateway.lock \
+		--spec-version 1.6 --output-reproducible --output-file dist/gateway.cdx.json
+	@$(BIN)/python scripts/check_sbom.py deploy/gateway.lock dist/gateway.cdx.json
+
+# --strict: a package that could not be looked up is no package without vulnerabilities.
+audit: setup
+	$(BIN)/uv tool run --from "pip-audit>=2.9,<3" pip-audit --requirement deploy/gateway.lock \
+		--disable-pip --require-hashes --strict $(AUDIT_ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 test: models lint
 	$(BIN)/pytest -q $(TEST_ARGS)
+
+fuzz: models
+	METACLAW_TEST_SECURITY=long $(BIN)/pytest -q -s tests/security $(TEST_ARGS)
 
 faults: models
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
