@@ -174,6 +174,7 @@ _LITELLM = textwrap.dedent("""\
       callbacks: metaclaw_plugin.callback.handler  # listed once
       drop_params: false      # what a client asks for is never dropped in silence
       telemetry: false
+      turn_off_message_logging: true  # loggers that you add get counts and costs, and no text
       num_retries: 0          # clients retry by themselves
       request_timeout: 600
 

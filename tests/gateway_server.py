@@ -68,7 +68,12 @@ def write_config(folder: Path, upstream: str, port: int, ours: bool, **metaclaw:
             {"model_name": "metaclaw/*", "litellm_params": deployment | {"use_chat_completions_api": True}},
             *metaclaw.pop("deployments", []),
         ],
-        "litellm_settings": {"num_retries": 0, "request_timeout": 60, "telemetry": False},
+        "litellm_settings": {
+            "num_retries": 0,
+            "request_timeout": 60,
+            "telemetry": False,
+            "turn_off_message_logging": True,
+        },
         "router_settings": {"disable_cooldowns": True},
         "general_settings": {},
         "metaclaw": {"home": str(folder / "home"), "gateway": {"port": port} | gateway} | metaclaw,
