@@ -48,7 +48,9 @@ RANDOM = [
     (rb"rs_[0-9a-f-]{36}|fc_[0-9a-f-]{36}", b"item_R"),
 ]
 # Ours (declared in docs/gateway.md), of the moment, or of the key.
-OTHER_HEADERS = re.compile(r"x-metaclaw-.*|date|llm_provider-date|x-litellm-(call-id|model-id|key-.*|response-cost-.*|.*duration-ms)")
+OTHER_HEADERS = re.compile(
+    r"x-metaclaw-.*|date|llm_provider-date|x-litellm-(call-id|model-id|key-.*|response-cost-.*|.*duration-ms)"
+)
 
 
 def vllm_events(deltas: list[dict[str, Any]], rich: bool) -> list[bytes]:
