@@ -248,8 +248,9 @@ fault("the worker's clock an hour ahead, and back")(_clocks(HOUR, ("worker",)))
 fault("the trainer's clock a day behind, and back")(_clocks(-24 * HOUR, ("trainer",)))
 
 
-@fault("the worker frozen for 14 s, another takes over")
+@fault("the worker frozen for 14 s, another takes over", "records")
 async def worker_frozen(siege: Siege) -> None:
+    """It may be frozen in the middle of a transaction, and SQLite is locked then."""
     pid = siege.stage.pid("worker")
     siege.stage.order("free worker-2")
     with contextlib.suppress(ProcessLookupError):  # it may be killed meanwhile
