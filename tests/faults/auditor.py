@@ -17,6 +17,8 @@ from tests.faults.findings import Findings
 from tests.faults.stage import AGENTS, Stage
 from tests.faults.upstream import BASE, EOS, NONCE, ids_of, prompt_ids
 
+REFUSED = ", nobody listened"  # after the name of a fault: requests that were asked while what answers was starting
+
 
 def stored_ids(stage: Stage) -> Counter[str]:
     """Trace id -> how often it is in the store."""
@@ -148,7 +150,8 @@ def check_failures(
             continue
         reasons = [why for begin, end, why in windows if one.began <= end and one.ended >= begin]
         if reasons:
-            excused[reasons[-1]] += 1
+            refused = one.error.startswith("ClientConnectorError")
+            excused[reasons[-1] + (REFUSED if refused else "")] += 1
         else:
             findings.blame("failed", f"{one.nonce} after {one.ended - one.began:.2f} s: {one.status} {one.error}")
     return excused

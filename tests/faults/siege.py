@@ -18,7 +18,7 @@ import aiohttp
 import psutil
 
 from tests.faults import points
-from tests.faults.auditor import at_rest, audit_all, check_failures, stored_ids
+from tests.faults.auditor import REFUSED, at_rest, audit_all, check_failures, stored_ids
 from tests.faults.clients import Clients
 from tests.faults.findings import Findings
 from tests.faults.stage import AGENTS, Stage
@@ -303,7 +303,7 @@ class Siege:
         await asyncio.to_thread(audit_all, self.stage, self.clients.asked, self.forgiven, self.findings)
         excused = check_failures(self.clients.asked, self.excuses, self.findings)
         for row in self.rows:
-            row.failed = excused[row.name]
+            row.failed = excused[row.name] + excused[row.name + REFUSED]
         return excused
 
 
