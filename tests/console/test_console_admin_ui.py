@@ -89,6 +89,13 @@ class Installation:
         with self.engine.connect() as c:
             return str(c.scalar(sa.select(schema.traces.c.session).where(schema.traces.c.id == trace)))
 
+    def count_of(self, trace: str) -> int:
+        """How often an exchange like this one's is stored: a callback that is called twice would store two."""
+        t = schema.traces.c
+        with self.engine.connect() as c:
+            session = c.scalar(sa.select(t.session).where(t.id == trace))
+            return int(c.scalar(sa.select(sa.func.count()).where(t.session == session)) or 0)
+
     def rated(self) -> list[Any]:
         """Traces that have a reward, and the reward."""
         t = schema.traces.c
@@ -235,6 +242,9 @@ def test_a_walk_through_metaclaw_in_litellms_admin_ui(chromium: Browser, install
     assert wrong == []
 
     installed.until_listed(AGENT, 1)
+    again = installed.chat()  # LiteLLM has put its router together anew
+    assert (again.status_code, again.headers["x-metaclaw-adapter"]) == (200, f"{AGENT}@v1")
+    assert installed.count_of(again.headers["x-metaclaw-trace-id"]) == 1
     leave_metaclaw(page)
     page.goto(f"{installed.url}/ui/models-and-endpoints")
     expect(page.get_by_text(f"metaclaw/{AGENT}@v1").first).to_be_visible()
