@@ -44,7 +44,9 @@ class Rollback(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     agent: str = Field(max_length=63, description="One of the caller's agents.")
-    to: int | None = Field(None, ge=0, description="Version number, 0: the base model; unset: the one before.")
+    to: int | None = Field(
+        None, ge=0, lt=10**9, description="Version number, 0: the base model; unset: the one before."
+    )
 
 
 class WishReply(BaseModel):

@@ -11,6 +11,7 @@ from metaclaw_plugin.capture.transport import RECORDING
 from metaclaw_plugin.gateway.answer import Answer
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
 from metaclaw_plugin.gateway.dialects import dialect_of
+from metaclaw_plugin.gateway.reach import is_open
 from metaclaw_plugin.gateway.request import Gateway
 
 Message = MutableMapping[str, Any]
@@ -57,9 +58,18 @@ class Edge:
             await self._app(scope, receive, send)
             return
         limit = self._gateway.settings.gateway.max_body_bytes
+        refuse = Answer(CurrentRequest("chat", {}), self._gateway, send).refuse
+        if scope["method"] == "POST" and is_open(scope["path"]):
+            headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+            body = _Body(receive, headers, limit)
+            if (refusal := await body.read()) is not None:
+                await refuse(*refusal)
+                return
+            await self._app(scope, body.receive, send)
+            return
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
-            await Answer(CurrentRequest("chat", {}), self._gateway, send).refuse(*_too_long(limit))
+            await refuse(*_too_long(limit))
             return
         size = 0
 

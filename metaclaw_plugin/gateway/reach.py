@@ -31,7 +31,8 @@ _OPEN = re.compile(
             r"(/v1|/v2)?/rerank",
             r"(/v1beta)?/models/.+:(countTokens|generateContent|streamGenerateContent)",
         )
-    )
+    ),
+    re.DOTALL,
 )
 
 

@@ -189,8 +189,8 @@ def _add_reading(router: APIRouter, caller: Any, ask: Ask, process: Callable[[],
     async def traces(
         agent: Annotated[str | None, Query(description="One of the caller's agents; unset: the first.")] = None,
         session: Annotated[str | None, Query(description="Traces of this session alone.")] = None,
-        since: Annotated[float | None, Query(description="Unix seconds.")] = None,
-        after: Annotated[int, Query(ge=0, description="`after` of the page before.")] = 0,
+        since: Annotated[float | None, Query(allow_inf_nan=False, description="Unix seconds.")] = None,
+        after: Annotated[int, Query(ge=0, le=2**62, description="`after` of the page before.")] = 0,
         limit: Annotated[int, Query(ge=1, le=500, description="Traces on a page.")] = 50,
         auth: Any = caller,
     ) -> TracesReply:

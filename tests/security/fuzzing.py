@@ -47,17 +47,23 @@ class Fuzzer:
         try:
             reply = self.session.send(request, timeout=TIMEOUT, allow_redirects=False)
         except requests.RequestException as error:
-            self.faults.append(f"{method} {request.url}: {error!r} to {request.body!r:.300}")
+            self._note(f"{method} {request.url!r:.300}: {error!r:.300} to {request.body!r:.300}")
             return
         tried(f"fuzzed requests to the {self.name}")
         self.statuses[reply.status_code] += 1
         self.session.cookies.clear()
         broken = reply.status_code >= 500 and reply.status_code not in NO_FAULT
         broken = broken and not (self.pardon is not None and self.pardon(request, reply))
+        if LONG and self.sent % 500 == 0:
+            print(f"{self.name}: {self.sent:,} requests, {len(self.faults)} faults", flush=True)
         if broken or "Traceback (most recent call last)" in reply.text:
             self.faults.append(
                 f"{method} {request.url}: {reply.status_code} {reply.text:.200} to {request.body!r:.600}"
             )
+
+    def _note(self, fault: str) -> None:
+        self.faults.append(fault)
+        print(fault, flush=True)  # a run that is ended by its time limit has said so
 
     def case(self, case: schemathesis.Case) -> None:
         """Send what schemathesis made up."""

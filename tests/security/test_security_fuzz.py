@@ -82,6 +82,31 @@ def test_fuzzed_requests_to_our_routes_of_the_gateway(house: House) -> None:
     finish(house, fuzzer, TOTAL // 8)
 
 
+# What fuzzing found, kept as it was found.
+FOUND: dict[str, tuple[str, str, bytes | None]] = {
+    "a number past 64 bits": ("GET", "/metaclaw/v1/traces?after=340372356483924201832448", None),
+    "a time that is none": ("GET", "/metaclaw/v1/traces?since=nan", None),
+    "a body that is true": ("POST", "/metaclaw/v1/feedback", b"true"),
+    "a body that is a number": ("POST", "/metaclaw/v1/feedback", b"1.5"),
+    "a body that is a list": ("POST", "/v1/embeddings", b"[]"),
+    "a body that is null": ("POST", "/metaclaw/v1/adapters/rollback", b"null"),
+    "a version past 64 bits": (
+        "POST",
+        "/metaclaw/v1/adapters/rollback",
+        b'{"agent": "alpha", "to": 99999999999999999999}',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found_gets_a_clear_no(house: House, what: str) -> None:
+    method, path, body = FOUND[what]
+    headers = {"authorization": f"Bearer {house.keys['own']}", "content-type": "application/json"}
+    answer = httpx.request(method, house.gateway + path, content=body, headers=headers, timeout=30)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def plain(
     house: House, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory

@@ -78,7 +78,7 @@ def curves(request: Request, name: Name, visitor: Looking) -> dict[str, Any]:
 
 @router.get("/conversations")
 def all_conversations(
-    request: Request, name: Name, visitor: Looking, before: Annotated[int | None, Query(ge=0)] = None
+    request: Request, name: Name, visitor: Looking, before: Annotated[int | None, Query(ge=0, le=2**62)] = None
 ) -> Response:
     with house_of(request).reading() as c:
         get_record(c, name)
