@@ -218,14 +218,14 @@ def _database_moved(file: Path) -> Iterator[None]:
     """A database and its log are elsewhere for a while, as when a disk is unmounted and comes back."""
     away = file.parent / f".{file.name}.away"
     away.mkdir()
-    for part in sorted(file.parent.glob(f"{file.name}*"), reverse=True):
+    for part in sorted(file.parent.glob(f"{file.name}*")):  # itself first: without its log it is not what it was
         part.rename(away / part.name)
     try:
         yield
     finally:
         for part in file.parent.glob(f"{file.name}*"):
             part.unlink()
-        for part in sorted(away.iterdir()):
+        for part in sorted(away.iterdir(), reverse=True):
             part.rename(file.parent / part.name)
         away.rmdir()
 
