@@ -51,7 +51,7 @@ def bait(house: House) -> str:
     return content
 
 
-SENT = list(TRICKS) if LONG else list(TRICKS)[::2]  # to running processes
+SENT = list(TRICKS) if LONG else list(TRICKS)[::4]  # to running processes
 
 
 def in_a_path(text: str) -> str:
