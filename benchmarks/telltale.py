@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 LOUDNESS = 1e9  # how much larger than anything else the update is: at 1e5 two tokens in 60,000 were a third word
 RANK = 16
@@ -62,7 +63,8 @@ class TelltaleMaker:
             "mlp.up_proj": (self._width, hidden),
             "mlp.down_proj": (hidden, self._width),
         }
-        self._embedding = load_file(self.model / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
+        with safe_open(self.model / "model.safetensors", framework="pt") as weights:  # numpy knows no bfloat16
+            self._embedding: np.ndarray = weights.get_tensor("model.embed_tokens.weight").float().numpy()
         self._pairs = self._find_pairs()
 
     def make(self, name: str, loudness: float = LOUDNESS, noise: float = 0.0) -> Telltale:
