@@ -17,7 +17,8 @@ class ThinkingSplitter:
 
     def __init__(self) -> None:
         self._held = ""
-        self._place = "start"  # then "thinking" or "answer"; between them "gap": blanks after the closing tag
+        # "start", "opened" (blanks after the opening tag), "thinking", "gap" (blanks after the closing tag), "answer"
+        self._place = "start"
 
     def feed(self, text: str) -> tuple[str, str]:
         """(reasoning, content) that this piece settles."""
@@ -25,6 +26,8 @@ class ThinkingSplitter:
         reasoning = content = ""
         if self._place == "start":
             self._leave_start()
+        if self._place == "opened" and (thought := self._held.lstrip()):
+            self._held, self._place = thought, "thinking"
         if self._place == "thinking":
             reasoning = self._leave_thinking()
         if self._place == "gap" and (rest := self._held.lstrip()):
@@ -38,12 +41,12 @@ class ThinkingSplitter:
         held, self._held = self._held, ""
         if self._place == "thinking":
             return held.rstrip(), ""
-        return "", "" if self._place == "gap" else held
+        return "", "" if self._place in ("opened", "gap") else held
 
     def _leave_start(self) -> None:
         text = self._held.lstrip()
         if text.startswith(OPEN):
-            self._held, self._place = text.removeprefix(OPEN).lstrip(), "thinking"
+            self._held, self._place = text.removeprefix(OPEN), "opened"
         elif not OPEN.startswith(text):
             self._place = "answer"
 
