@@ -89,7 +89,7 @@ def run(url: str, count: int) -> dict[str, Any]:
             row = encode_trace(trace)
             with engine.begin() as c:
                 insert_traces(c, [row])
-                sessions.extend(c, place, [answer], time.time())
+                sessions.settle(c, place, [answer], time.time(), None)
             resolving.append(resolved - before)
             committing.append(time.perf_counter() - resolved)
             messages.append(answer)

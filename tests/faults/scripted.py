@@ -112,13 +112,14 @@ async def vllm_forgets(siege: Siege) -> None:
 
 async def _unload_all(siege: Siege) -> None:
     url = f"http://127.0.0.1:{siege.stage.vllm_port}"
-    async with aiohttp.ClientSession() as http:
-        async with http.get(f"{url}/v1/models") as answer:
-            models = (await answer.json())["data"]
-        for model in models:
-            if model["parent"] is not None:
-                async with http.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": model["id"]}):
-                    pass
+    with contextlib.suppress(aiohttp.ClientConnectionError):  # killed just now: it has forgotten all by itself
+        async with aiohttp.ClientSession() as http:
+            async with http.get(f"{url}/v1/models") as answer:
+                models = (await answer.json())["data"]
+            for model in models:
+                if model["parent"] is not None:
+                    async with http.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": model["id"]}):
+                        pass
 
 
 @fault("the adapters' files away, and vllm forgets them", kills=False)

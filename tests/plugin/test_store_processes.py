@@ -36,7 +36,7 @@ def work(url: str, me: int) -> None:
         answer = {"role": "assistant", "content": f"answer {n} of process {me}"}
         with engine.begin() as c:
             for turn, name in ((ours, "shared"), (alone, "alone")):
-                sessions.extend(c, turn, [answer], time.time())
+                sessions.settle(c, turn, [answer], time.time(), None)
                 trace = a_trace(id=f"{name}-{me}-{n}", session=turn.session, turn=turn.turn, exchange=turn.exchange)
                 insert_traces(c, [trace])
         talk.append(answer)
