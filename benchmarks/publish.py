@@ -88,7 +88,7 @@ async def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     spoken: dict[str, Telltale] = {}
     publishing = Publishing(stage, maker, spoken)
     async with talking(stage, spoken, 0) as nobody:
-        alone = [await publishing.publish(agent, nobody) for agent in stage.keys]
+        alone = [await publishing.publish(agent, nobody) for _ in range(options.alone) for agent in stage.keys]
     async with talking(stage, spoken, options.streams) as quiet:
         await asyncio.sleep(options.quiet)
     print(f"without publishing: {quiet.tally.replies} replies, {len(quiet.tally.failed)} failed", flush=True)
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=8)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--at-once", type=int, default=4, help="agents that publish at the same time")
+    parser.add_argument("--alone", type=int, default=1, help="versions of each agent published before anybody asks")
     parser.add_argument("--quiet", type=float, default=QUIET_SECONDS, help="seconds of the phase without publishing")
     parser.add_argument("--model", default="tiny", help="tiny or smollm2-135m")
     parser.add_argument("--kv-blocks", type=int, help="blocks of vLLM's cache; unset: vLLM decides")
