@@ -47,9 +47,7 @@ def ask(
         return sessions.resolve(c, agent, evidence, now, SETTINGS)
 
 
-def answer(
-    store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None
-) -> None:
+def answer(store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None) -> None:
     with store.begin() as c:
         sessions.settle(c, turn, answers, now, pin)
 
