@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.publish_stage import Stage
 from benchmarks.publish_streams import Streams
 from benchmarks.telltale import Telltale, TelltaleMaker
+from metaclaw_plugin.store.adapters import get_route
+from metaclaw_plugin.store.engine import open_store
 
 PUBLISH_TIMEOUT = 60.0  # seconds
 PROOF_TOKENS = 32
@@ -61,6 +63,7 @@ class Publishing:
 
     def __init__(self, stage: Stage, maker: TelltaleMaker, spoken: dict[str, Telltale]) -> None:
         self._maker, self._spoken = maker, spoken
+        self._routes = open_store(f"sqlite:///{stage.home / 'metaclaw.db'}")
         self._store = open_trainer_store(f"sqlite:///{stage.trainer_home / 'queue.db'}")
         self._versions = StoredVersions(self._store, "benchmark")
         self._scorer = Scorer(maker.model)
@@ -99,12 +102,22 @@ class Publishing:
         return name, started
 
     async def first_word(self, agent: str, name: str, streams: Streams) -> float:
-        """Ask until ``name`` answers; when its first word came (``perf_counter``)."""
+        """Ask as soon as ``name`` is on the agent's route, and until it answers; when its first word came.
+
+        Asked before, the version that is to be replaced would be busy with the question.
+        """
         turn, started = 0, time.perf_counter()
         streams.seen.pop(name, None)
         while name not in streams.seen:
-            turn += 1
-            await streams.ask(agent, f"Probe {turn} for {name}.", 2)
             if time.perf_counter() - started > PUBLISH_TIMEOUT:
                 raise SystemExit(f"{name} did not answer within {PUBLISH_TIMEOUT:.0f} s")
+            if await asyncio.to_thread(self._routed, agent) != name:
+                await asyncio.sleep(0.01)
+                continue
+            turn += 1
+            await streams.ask(agent, f"Probe {turn} for {name}.", 2)
         return streams.seen[name]
+
+    def _routed(self, agent: str) -> str:
+        with self._routes.connect() as c:
+            return f"{agent}@v{get_route(c, agent).version}"
