@@ -113,6 +113,8 @@ CHAT = {"model": "metaclaw/alpha", "messages": [{"role": "user", "content": "hi 
 MESSAGES = CHAT | {"max_tokens": 16}
 RESPONSES = {"model": "metaclaw/alpha", "input": "hi case:fresh"}
 NAMED = {"headers": {"x-agent-id": "alpha"}, "json": CHAT | {"model": "any"}}
+SOME_WAIT = -1  # 200 if feedback of a test before has come to the trainer by now, else 409
+
 OURS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "POST /v1/chat/completions": ({"json": CHAT}, {"own": 200, "other": 403, "internal": 403, "master": 403}),
     "POST /v1/messages": ({"json": MESSAGES}, {"own": 200, "other": 403, "internal": 403, "master": 403}),
@@ -137,7 +139,7 @@ OURS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "GET /metaclaw/v1/adapters/{name}": ({}, {"own": 200, "other": 404, "internal": 404, "master": 404}),
     "GET /metaclaw/v1/adapters/{name}/export": ({}, {"own": 503, "other": 404, "internal": 404, "master": 404}),
-    "POST /metaclaw/v1/agents/{agent}/train": ({}, {"own": 409, "other": 404, "internal": 404, "master": 404}),
+    "POST /metaclaw/v1/agents/{agent}/train": ({}, {"own": SOME_WAIT, "other": 404, "internal": 404, "master": 404}),
     "POST /metaclaw/v1/adapters/{name}/promote": ({}, {"own": 200, "other": 404, "internal": 404, "master": 404}),
     "POST /metaclaw/v1/adapters/rollback": (
         {"json": {"agent": "alpha"}},
@@ -180,7 +182,8 @@ def test_law_4_a_key_acts_for_its_own_agents_only(
     path = re.sub(r"\{(\w+)\}", lambda found: alphas[found[1]], path)
     answer = ask(client, house, who, method, path, **request)
     tried("our routes, each with every kind of key")
-    assert answer.status_code == expected.get(who or "", 401), answer.text
+    status = expected.get(who or "", 401)
+    assert answer.status_code in ((200, 409) if status == SOME_WAIT else (status,)), answer.text
     assert "Traceback" not in answer.text
     if who == "other":
         said = answer.text
