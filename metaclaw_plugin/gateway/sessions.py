@@ -26,7 +26,7 @@ from metaclaw_plugin.gateway.conversation import (
 )
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import sessions as store
-from metaclaw_plugin.store.sessions import Evidence, split_epoch
+from metaclaw_plugin.store.sessions import Evidence, Place, split_epoch
 
 _MAX_EVIDENCE = 400  # characters; longer values are no session ids
 _MAX_RESPONSE_ID = 1000  # characters; LiteLLM encrypts those of the Responses route
@@ -68,22 +68,12 @@ def resolve(c: Connection, agent: str, evidence: RequestEvidence, now: float, se
     conversation = read_conversation(messages)
     one_in = settings.sessions.held_out_one_in
     anchor = conversation.anchor if kind is Kind.MAIN else None
-    place = None
-    for _ in range(2):  # the second time round, another process opened the session in between
-        if named is not None:
-            session = store.find_named(c, agent, named, now)
-        else:
-            session = _goes_on(c, agent, evidence, conversation, anchor is not None)
-        if session is not None:
-            place = store.take_turn(c, session, now, anchor, conversation.in_tool_loop)
-        elif named is not None:
-            place = store.open_session(c, agent, named, now, one_in, anchor)
-        else:
-            place = store.open_unnamed(c, agent, now, one_in, anchor)
-        if place is not None:
-            break
-    if place is None:
-        raise StoreError(f"a session of agent {agent!r} is opened and closed at once; try again")
+    if named is not None:
+        place = _named_place(c, agent, named, conversation, anchor, now, one_in)
+    elif (session := _goes_on(c, agent, evidence, conversation, anchor is not None)) is not None:
+        place = store.take_turn(c, session, now, anchor, conversation.in_tool_loop)
+    else:
+        place = store.open_unnamed(c, agent, now, one_in, anchor)
     return Turn(
         agent=agent,
         session=place.session,
@@ -161,6 +151,23 @@ def _named(evidence: RequestEvidence, messages: Sequence[Any]) -> Evidence | Non
     if previous is None and (value := _usable(runtime_session(messages))):
         return Evidence("runtime", value)
     return None
+
+
+def _named_place(
+    c: Connection,
+    agent: str,
+    named: Evidence,
+    conversation: Conversation,
+    anchor: str | None,
+    now: float,
+    one_in: int,
+) -> Place:
+    for _ in range(2):  # the second time round, another process opened the session in between
+        if (session := store.find_named(c, agent, named, now)) is not None:
+            return store.take_turn(c, session, now, anchor, conversation.in_tool_loop)
+        if (place := store.open_session(c, agent, named, now, one_in, anchor)) is not None:
+            return place
+    raise StoreError(f"a session of agent {agent!r} is opened and closed at once; try again")
 
 
 def _goes_on(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
+
+from metaclaw_plugin.store.sqlite_file import file_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +29,7 @@ def checkpoint_beside(engine: Engine) -> threading.Thread | None:
 
     The thread ends with the process.
     """
-    path = engine.url.database
-    if engine.dialect.name != "sqlite" or not path or path == ":memory:":
+    if (path := file_of(engine.url)) is None:
         return None
     sa.event.listen(engine, "connect", _no_checkpoint_in_commits)
     engine.dispose()  # connections made before take them still
@@ -55,8 +57,8 @@ def write_back(engine: Engine, log: Path) -> bool:
 
 
 def _watch(engine: Engine, log: Path) -> None:
-    pause = threading.Event()
-    while not pause.wait(_EVERY):
+    while True:
+        time.sleep(_EVERY)
         try:
             write_back(engine, log)
         except (SQLAlchemyError, OSError) as error:

@@ -7,9 +7,8 @@ do not write through it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from metaclaw_plugin.errors import StoreError
-from metaclaw_plugin.store.sqlite_file import stay_with_file
+from metaclaw_plugin.store.sqlite_file import file_of, make_private, stay_with_file
 from metaclaw_plugin.store.upgrade import bring_up_to_date, is_up_to_date
 
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
@@ -51,8 +50,8 @@ def open_store(url: str) -> Engine:
         parsed = sa.make_url(url)
         if parsed.drivername in {"postgresql", "postgres"}:
             parsed = parsed.set(drivername="postgresql+psycopg")
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            _make_private(Path(parsed.database))
+        if (path := file_of(parsed)) is not None:
+            make_private(Path(path))
         plain = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
     except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}; check metaclaw.store.url") from error
@@ -70,8 +69,7 @@ def open_store(url: str) -> Engine:
                 bring_up_to_date(c)
     except SQLAlchemyError as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}") from error
-    if engine.dialect.name == "sqlite":
-        stay_with_file(engine)
+    stay_with_file(engine)
     return engine
 
 
@@ -117,15 +115,6 @@ def _replacing_insert(dialect: str, table: sa.Table, replaced: tuple[str, ...]) 
 
 def _insert(dialect: str, table: sa.Table) -> Any:
     return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
-
-
-def _make_private(path: Path) -> None:
-    """Make an empty database that its owner alone may read; SQLite gives its side files the same rights."""
-    if path.name == ":memory:" or str(path).startswith("file:"):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _shown(url: str) -> str:

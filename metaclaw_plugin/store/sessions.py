@@ -116,7 +116,7 @@ def open_unnamed(c: Connection, agent: str, now: float, one_in: int, anchor: str
 def _insert(
     c: Connection, session: str, agent: str, evidence: Evidence, now: float, one_in: int, anchor: str | None
 ) -> Place | None:
-    main = anchor is not None
+    main, held_out = anchor is not None, is_held_out(session, one_in)
     row = {
         "id": session,
         "agent": agent,
@@ -125,7 +125,7 @@ def _insert(
         "epoch": evidence.epoch,
         "started_at": now,
         "last_at": now,
-        "held_out": is_held_out(session, one_in),
+        "held_out": held_out,
         "turns": 1,
         "exchanges": int(main),
         "anchor": anchor,
@@ -133,7 +133,7 @@ def _insert(
     }
     if not insert_or_ignore(c, schema.sessions, [row]):
         return None
-    return Place(session, is_held_out(session, one_in), 0, 0, new_exchange=main, adapter_version=None)
+    return Place(session, held_out, 0, 0, new_exchange=main, adapter_version=None)
 
 
 def is_held_out(session: str, one_in: int) -> bool:

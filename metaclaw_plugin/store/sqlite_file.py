@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,10 +20,24 @@ from sqlalchemy.exc import DisconnectionError
 _FILE = "metaclaw_file"  # in a pooled connection's info: device and number of the file that it has open
 
 
+def file_of(url: sa.URL) -> str | None:
+    """Path of the SQLite file at ``url``; ``None`` for a database in memory, or another kind."""
+    path = url.database
+    if url.get_backend_name() != "sqlite" or not path or path == ":memory:" or path.startswith("file:"):
+        return None
+    return path
+
+
+def make_private(path: Path) -> None:
+    """Make an empty database that its owner alone may read; SQLite gives its side files the same rights."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def stay_with_file(engine: Engine) -> None:
-    """Watch the file of ``engine``, which is there by now; does nothing for a database in memory."""
-    path = engine.url.database
-    if not path or path == ":memory:" or path.startswith("file:"):
+    """Watch the file of ``engine``, which is there by now; does nothing for a database that is no file."""
+    if (path := file_of(engine.url)) is None:
         return
 
     def connecting(_dialect: object, _record: object, _arguments: object, _options: object) -> None:
