@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tests import admin_ui  # noqa: E402
 from tests.litellm_db.database_mode import build  # noqa: E402
+from tests.vllm_server import pick_free_port  # noqa: E402
 
 TARGET = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -36,15 +36,9 @@ WIDTH, TALLEST = 1100, 1500  # pixels
 KEY = "console-key-for-pictures"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start_console(home: Path, model: Path) -> tuple[subprocess.Popen[bytes], str]:
     """A console over ``home``, and its URL, once it answers."""
-    port = free_port()
+    port = pick_free_port()
     config = home / "console.yaml"
     section = {"home": str(home), "base_model": str(model), "console": {"port": port, "key": KEY}}
     config.write_text(yaml.safe_dump({"metaclaw": section}))
@@ -109,7 +103,9 @@ def take(page: Page, url: str, agent: str, session: str) -> None:
 def take_in_litellm(browser: Browser, folder: Path, agent: str) -> None:
     """MetaClaw in LiteLLM's admin UI, and the agents on LiteLLM's own pages; ``folder`` holds ``home``."""
     build()
-    config = admin_ui.database_config(folder, "http://127.0.0.1:9", free_port(), free_port(), rl={"enabled": False})
+    config = admin_ui.database_config(
+        folder, "http://127.0.0.1:9", pick_free_port(), pick_free_port(), rl={"enabled": False}
+    )
     with admin_ui.running_litellm(config) as url:
         key = {"metadata": {"agent_id": agent}, "user_id": "ann"}
         bearer = {"authorization": f"Bearer {admin_ui.MASTER_KEY}"}

@@ -20,8 +20,9 @@ from pathlib import Path
 import aiohttp
 
 from tests.faults import points
+from tests.faults.disk import Disk
 from tests.faults.siege import Cost, Siege
-from tests.faults.stage import AGENTS, REWARD
+from tests.faults.stage import AGENTS, REWARD, Stage
 
 Work = Callable[[Siege], Awaitable[None]]
 HOUR = 3600.0
@@ -152,36 +153,38 @@ def _moved(path: Path) -> Iterator[None]:
         away.rename(path)
 
 
+@contextmanager
+def _full(disk: Disk, pids: list[int]) -> Iterator[None]:
+    """No room on ``disk``, or for ``pids`` to write in, while the block runs."""
+    disk.fill(pids)
+    try:
+        yield
+    finally:
+        disk.free()
+
+
+def _store_disk_full(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    return _full(stage.store_disk, [*stage.gateway_workers(), stage.pid("worker")])
+
+
 @fault("disk of the store full", "records")
 async def store_disk_full(siege: Siege) -> None:
-    stage = siege.stage
-    stage.store_disk.fill([*stage.gateway_workers(), stage.pid("worker")])
-    try:
+    with _store_disk_full(siege.stage):
         await asyncio.sleep(6.0)
-    finally:
-        stage.store_disk.free()
 
 
 @fault("disk of the trainer full")
 async def trainer_disk_full(siege: Siege) -> None:
-    stage = siege.stage
-    stage.trainer_disk.fill([stage.pid("trainer")])
-    try:
+    with _full(siege.stage.trainer_disk, [siege.stage.pid("trainer")]):
         await asyncio.sleep(6.0)
-    finally:
-        stage.trainer_disk.free()
 
 
 @fault("disk of the store full, and the worker killed", "records")
 async def store_disk_full_and_kill(siege: Siege) -> None:
-    stage = siege.stage
-    stage.store_disk.fill([*stage.gateway_workers(), stage.pid("worker")])
-    try:
+    with _store_disk_full(siege.stage):
         await asyncio.sleep(1.0)
         await siege.kill("worker", signal.SIGKILL)
         await asyncio.sleep(4.0)
-    finally:
-        stage.store_disk.free()
 
 
 @fault("store locked for 1 s")
