@@ -1,37 +1,27 @@
 """A plugin that vLLM itself loads (entry-point group ``vllm.general_plugins``), in each of its processes.
 
-vLLM's LoRA operations for machines without a GPU (0.32, ``lora/ops/torch_ops``) mark a token of the base model by the
-slot -1 and then index the adapters with it, which is the last slot: in a batch that is mixed with adapters' tokens, the
-base model answers with whatever adapter lies there. The repair makes such rows zero between the two halves of the
-operation, so that nothing is added to them. It changes no other row, and does nothing once vLLM does it itself.
+On a machine without a GPU it puts ``metaclaw_plugin.vllm_lora`` in the place of vLLM's own LoRA operations, which are
+wrong for the base model in a batch that is mixed with adapters, and slow. Other builds are left as they are.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_DONE = "_metaclaw_repaired"
+VLLMS = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+OURS = "metaclaw_plugin.vllm_lora.GroupedLora"
 
 
 def repair() -> None:
     """Repair this process's vLLM; a second call changes nothing."""
     try:
-        from vllm.lora.ops.torch_ops import lora_ops
+        from vllm.platforms.cpu import CpuPlatform
     except ImportError:
-        logger.info("vLLM has no LoRA operations in torch here: nothing to repair")
+        logger.info("this vLLM has no platform for CPUs: nothing to repair")
         return
-    shrink = lora_ops.bgmv_shrink
-    if getattr(shrink, _DONE, False):
-        return
-
-    @functools.wraps(shrink)
-    def repaired(inputs: Any, weights: Any, output: Any, slots: Any, *rest: Any, **named: Any) -> None:
-        shrink(inputs, weights, output, slots, *rest, **named)
-        output[: slots.shape[0]].masked_fill_((slots < 0).unsqueeze(-1), 0)
-
-    setattr(repaired, _DONE, True)
-    lora_ops.bgmv_shrink = repaired
+    if CpuPlatform.get_punica_wrapper() == VLLMS:
+        CpuPlatform.get_punica_wrapper = classmethod(lambda _: OURS)
+    elif CpuPlatform.get_punica_wrapper() != OURS:
+        logger.warning("this vLLM has other LoRA operations for CPUs than were repaired; they are left as they are")

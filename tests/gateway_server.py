@@ -63,6 +63,8 @@ def write_config(folder: Path, upstream: str, port: int, ours: bool, **metaclaw:
     """A config in the manner of litellm_config.yaml; ``ours`` False: LiteLLM alone."""
     deployment = {"model": "hosted_vllm/*", "api_base": f"{upstream}/v1", "api_key": "none"}
     gateway = metaclaw.pop("gateway", {})
+    # No lot decides what a test sees: one session in ten would teach nothing.
+    metaclaw.setdefault("sessions", {}).setdefault("held_out_one_in", 0)
     config: dict[str, Any] = {
         "model_list": [
             {"model_name": "metaclaw/*", "litellm_params": deployment | {"use_chat_completions_api": True}},

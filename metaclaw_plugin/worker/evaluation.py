@@ -97,14 +97,6 @@ class Evaluator:
             sanity=await self._sanity(version.name, settings),
         )
 
-    async def probe(self, version: AdapterVersion) -> None:
-        """See that ``version`` answers; this also makes vLLM ready for its first request.
-
-        Raises:
-            SamplerUnavailableError: if it does not.
-        """
-        await self._sampler.probe(version.name)
-
     def _plan(self, agent: str) -> RewardPlan:
         rewards = self._ctx.settings.rewards
         with self._ctx.engine.connect() as c:

@@ -26,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
-    """Measures a candidate, and sees that it answers."""
-
-    async def probe(self, version: AdapterVersion) -> None: ...
+    """Measures a candidate."""
 
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation: ...
 
@@ -53,8 +51,6 @@ class Gate:
         version = record.version
         try:
             decision = await self._decide(record, against)
-            if decision is not None and decision.accepted:
-                await self._judge.probe(version)
         except (SamplerUnavailableError, SamplerRefusedError) as error:
             logger.warning("%s cannot be judged and goes on waiting: %s", version.name, error)
             self.problems[version.name] = f"cannot be judged: {error}"

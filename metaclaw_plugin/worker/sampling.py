@@ -74,16 +74,6 @@ class Sampler:
             raise SamplerRefusedError(f"vLLM at {self._url} gave another number of log-probabilities than tokens")
         return reply
 
-    async def probe(self, model: str) -> None:
-        """Let ``model`` say one token.
-
-        Raises:
-            SamplerUnavailableError: if it does not, or another model answers in its place.
-        """
-        answer = await self._post("/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 1})
-        if answer.get("model") != model or not answer.get("choices"):
-            raise SamplerUnavailableError(f"vLLM at {self._url} does not answer as {model}")
-
     async def logprobs(self, model: str, token_ids: Sequence[int], start: int) -> list[float]:
         """Natural log-probabilities of ``token_ids[start:]`` under ``model``, each given what stands before it."""
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}

@@ -126,9 +126,6 @@ class ScriptedJudge:
     asked: list[tuple[str, int, str]] = field(default_factory=list)
     down: bool = False
 
-    async def probe(self, version: AdapterVersion) -> None:
-        assert not self.down
-
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation:
         self.asked.append((version.name, against, settings.policy))
         if self.down:

@@ -24,6 +24,7 @@ class Network:
     calls: list[str] = field(default_factory=list)
     fault: httpx.Response | type[httpx.TransportError] | None = None  # instead of every answer
     broken: set[str] = field(default_factory=set)  # names whose load fails
+    mute: set[str] = field(default_factory=set)  # names that are loaded and do not answer
     logprob: float = -2.0  # that every token of a prompt gets
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -53,6 +54,10 @@ class Network:
         return httpx.Response(200, text="Success")
 
     def _score(self, body: dict[str, Any]) -> httpx.Response:
+        if "prompt_logprobs" not in body:
+            self.calls.append(f"hear {body['model']}")
+            choices = [] if body["model"] in self.mute else [{"text": " there"}]
+            return httpx.Response(200, json={"model": body["model"], "choices": choices})
         self.calls.append(f"score {body['model']}")
         entries = [None, *({str(token): {"logprob": self.logprob}} for token in body["prompt"][1:])]
         return httpx.Response(200, json={"choices": [{"prompt_logprobs": entries}]})
@@ -91,7 +96,15 @@ def test_every_replica_gets_what_is_missing_and_loses_what_is_not_wanted(stage: 
     states = stage.reconciler.once()
     for network in stage.networks:
         assert set(network.loaded) == {"b@v1", "b@v2"}
-        assert network.calls == ["load a@v1", "load b@v1", "load b@v2", "unload a@v1"]
+        assert network.calls == [
+            "load a@v1",
+            "hear a@v1",
+            "load b@v1",
+            "hear b@v1",
+            "load b@v2",
+            "hear b@v2",
+            "unload a@v1",
+        ]
     assert stage.reconciler.outcome(["b@v1", "b@v2"], states) == (["b@v1", "b@v2"], {})
 
 
@@ -101,15 +114,24 @@ def test_a_vllm_that_was_restarted_gets_its_adapters_again(stage: Stage) -> None
     stage.networks[1].loaded.clear()
     stage.networks[1].calls.clear()
     stage.reconciler.once()
-    assert stage.networks[1].calls == ["load a@v1", "load b@v1"]
-    assert len(stage.networks[0].calls) == 2
+    again = ["load a@v1", "hear a@v1", "load b@v1", "hear b@v1"]
+    assert [network.calls for network in stage.networks] == [again, again]
 
 
 def test_nothing_is_loaded_twice(stage: Stage) -> None:
     stage.want("a@v1")
     for _ in range(3):
         stage.reconciler.once()
-    assert stage.networks[0].calls == ["load a@v1"]
+    assert stage.networks[0].calls == ["load a@v1", "hear a@v1"]
+
+
+def test_a_version_that_is_loaded_and_does_not_answer_is_not_held(stage: Stage) -> None:
+    stage.networks[1].mute = {"a@v1"}
+    stage.want("a@v1")
+    held, failed = stage.reconciler.outcome(["a@v1"], stage.reconciler.once())
+    assert held == []
+    assert failed["a@v1"] == "vLLM at http://vllm-1 does not answer as a@v1"
+    assert stage.networks[1].loaded == {}
 
 
 def test_adapters_of_others_are_left_alone(stage: Stage) -> None:
@@ -171,7 +193,7 @@ def test_each_replica_must_score_a_stored_trace_as_the_trainer_did(stage: Stage)
     held, failed = stage.reconciler.outcome(["a@v1", "b@v1"], states)
     assert held == ["b@v1"]
     assert "http://vllm-1 and the trainer disagree about a@v1 by 1.95 nats a token" in failed["a@v1"]
-    assert stage.networks[0].calls == ["load a@v1", "score a@v1", "load b@v1"]
+    assert stage.networks[0].calls == ["load a@v1", "score a@v1", "load b@v1", "hear b@v1"]
     assert set(stage.networks[0].loaded) == {"a@v1", "b@v1"}
     assert set(stage.networks[1].loaded) == {"b@v1"}
     stage.networks[1].logprob = -2.0

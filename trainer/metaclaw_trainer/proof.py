@@ -1,8 +1,9 @@
 """Does a vLLM give a version's tokens the log-probs that the trainer gave them? Asked before it is said to hold it.
 
 When a version is made, the trainer scores the end of one of the traces that it was trained on, under the new weights.
-Each vLLM that has loaded the version scores the same token ids. If the two disagree, vLLM has another base model, type
-or adapter under that name, and the version is unloaded again. What is kept of the trace goes when its owner deletes it.
+Each vLLM that has loaded the version scores the same token ids and goes on with one of its own, in one request. If the
+two disagree, vLLM has another base model, type or adapter under that name, and the version is unloaded again. What is
+kept of the trace goes when its owner deletes it; a version without it has to say one token.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ class Prover:
         self._threshold = threshold
 
     def check(self, client: VllmClient, name: str) -> None:
-        """Let ``client`` score the proof of ``name``; nothing happens if there is none.
+        """Let ``client`` answer as ``name``: score its proof, or say a token if there is none.
 
         Raises:
-            VllmRefusedError: if it disagrees with the trainer, or will not score.
-            VllmUnavailableError: if it does not answer.
+            VllmRefusedError: if it disagrees with the trainer, or will not answer.
+            VllmUnavailableError: if it is away.
         """
         proof = self._read(name)
         if proof is None:
+            client.say_a_token(name)
             return
         scored = client.prompt_logprobs(name, proof.token_ids, CONTROL_TIMEOUT)
         apart = sum(abs(a - b) for a, b in zip(scored, proof.logprobs, strict=True)) / len(scored)

@@ -130,6 +130,17 @@ class VllmClient:
             raise VllmRefusedError(f"vLLM at {self.url} gave no token ids with log-probabilities; vLLM 0.32 does")
         return Drawn(tuple(ids), tuple(map(float, logprobs)), choice.get("finish_reason"), choice.get("text") or "")
 
+    def say_a_token(self, model: str) -> None:
+        """See that ``model`` answers.
+
+        Raises:
+            VllmRefusedError: if it does not, or another model answers in its place.
+            VllmUnavailableError: if vLLM is away.
+        """
+        answer = self._json("POST", "/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 1})
+        if answer.get("model") != model or not answer.get("choices"):
+            raise VllmRefusedError(f"vLLM at {self.url} does not answer as {model}")
+
     def prompt_logprobs(
         self, model: str, token_ids: Sequence[int], timeout: httpx.Timeout = SAMPLE_TIMEOUT
     ) -> tuple[float, ...]:
