@@ -8,6 +8,7 @@ that speaks Anthropic's is put into that shape (law 9).
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import as_chat_request, error_body, in_dialect
 from metaclaw_plugin.gateway.request import Gateway
 from metaclaw_plugin.gateway.routing import Route
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 
@@ -74,6 +77,8 @@ class Answer:
             self._held_start = message
             return
         answered = message["status"] < 300
+        if message["status"] == 404:
+            self._report_unrouted()
         if answered and self._current.plan is not None and self._current.plan.turn is not None:
             self._watch(self._current.plan, headers)
         added = []
@@ -83,6 +88,13 @@ class Answer:
             added.append((TRACE_HEADER, plan.trace_id.encode()))
         message["headers"] = [*message.get("headers", ()), *added]
         await self._send(message)
+
+    def _report_unrouted(self) -> None:
+        """Say so if vLLM may have been asked by the name that the client gave: past our hook, or past the tap."""
+        plan, recording = self._current.plan, self._current.recording
+        if plan is not None and plan.on_own_model and (recording is None or recording.status is None):
+            passed = "LiteLLM's hook before the call" if recording is None else "the tap"
+            logger.error("a request of %s was answered 404 past %s", plan.agent.name, passed)
 
     def _watch(self, plan: Plan, headers: dict[bytes, bytes]) -> None:
         """Read along what goes to the client, where the answer did not come through the tap."""

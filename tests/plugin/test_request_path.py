@@ -291,3 +291,29 @@ async def test_what_the_client_never_got_is_not_kept(
     await answer.take({"type": "http.response.body", "body": b"{}"})
     gateway.close_request(current)
     assert sent == [("http.response.start", 0), ("http.response.body", stored)]
+
+
+@pytest.mark.parametrize(
+    ("status", "tapped", "said"),
+    [
+        (404, None, ["a request of alpha was answered 404 past LiteLLM's hook before the call"]),
+        (404, False, ["a request of alpha was answered 404 past the tap"]),
+        (404, True, []),  # vLLM's own answer to the version that it was asked for
+        (400, None, []),  # LiteLLM's own answer, before any call
+    ],
+)
+async def test_a_404_that_did_not_pass_the_tap_is_reported(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, status: int, tapped: bool | None, said: list[str]
+) -> None:
+    current, data = request()
+    await gateway.prepare(current, KEY, data, listed=False)
+    if tapped is not None:
+        gateway.attempt(current, {"model": "hosted_vllm/alpha"})
+        assert current.recording is not None
+        current.recording.status = 404 if tapped else None
+
+    async def send(_: object) -> None:
+        return
+
+    await Answer(current, gateway, send).take({"type": "http.response.start", "status": status, "headers": []})
+    assert [r.getMessage() for r in caplog.records if "404" in r.getMessage()] == said
