@@ -30,7 +30,7 @@ from metaclaw_plugin.worker.verdicts import (
     paired_difference,
     student_quantile,
 )
-from tests.plugin.test_publishing_rounds import Plugins, Trainer, answer, route, states
+from tests.plugin.test_publishing_rounds import Plugins, Trainer, route, states, unasked
 
 GOOD = Evaluation(
     against=7,
@@ -157,7 +157,7 @@ def ctx(tmp_path: Path) -> Context:
         engine,
         Trainer(),
         Plugins(),
-        httpx.AsyncClient(transport=httpx.MockTransport(answer)),
+        httpx.AsyncClient(transport=httpx.MockTransport(unasked)),
         ScriptedJudge(),
     )
 
