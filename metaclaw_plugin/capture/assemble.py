@@ -61,6 +61,10 @@ def parse_request(body: bytes) -> Mapping[str, Any]:
     return request if isinstance(request, dict) else {}
 
 
+def _objects(value: object) -> tuple[dict[str, Any], ...]:
+    return tuple(item for item in value if isinstance(item, dict)) if isinstance(value, list) else ()
+
+
 def _trace(
     origin: Origin,
     recording: Recording,
@@ -82,8 +86,8 @@ def _trace(
         route=origin.dialect,
         model=origin.model,
         adapter_version=origin.adapter_version,
-        messages=tuple(message for message in request.get("messages") or () if isinstance(message, dict)),
-        tools=tuple(tool for tool in request.get("tools") or () if isinstance(tool, dict)),
+        messages=_objects(request.get("messages")),
+        tools=_objects(request.get("tools")),
         response=finished_message(choice),
         finish_reason=choice.finish_reason,
         prompt_token_ids=None if reply.prompt_token_ids is None else tuple(reply.prompt_token_ids),

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator
-from contextvars import ContextVar
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,6 @@ import httpx
 import orjson
 
 from metaclaw_plugin.capture.reply import Reply
-
-# The recording that requests sent from the present context go into; None: pass through untouched.
-RECORDING: ContextVar[Recording | None] = ContextVar("metaclaw_recording", default=None)
 
 # LiteLLM writes the model first; the long rest of the body need not be parsed then.
 _MODEL_IN_FRONT = re.compile(rb'\A(\{\s*"model"\s*:\s*)"[^"\\]*"')
@@ -69,19 +65,24 @@ class Recording:
 
 
 class TapTransport(httpx.AsyncBaseTransport):
-    """Records what passes to and from ``inner`` for requests sent in a context that has a recording."""
+    """Records what passes to and from ``inner``.
 
-    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+    ``find`` is asked which recording a request goes into; ``None``: it passes untouched.
+    """
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, find: Callable[[], Recording | None]) -> None:
         self._inner = inner
+        self._find = find
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        recording = RECORDING.get()
+        recording = self._find()
         if recording is None:
             return await self._inner.handle_async_request(request)
         request = await _with_model(request, recording.model)
         if not recording.kept:
-            recording.end()
-            return await self._inner.handle_async_request(request)
+            response = await self._inner.handle_async_request(request)
+            recording.status = response.status_code
+            return response
         recording.begin()
         request.headers["accept-encoding"] = "identity"
         recording.request_body = await request.aread()
@@ -205,7 +206,8 @@ def _hide_injected(event: dict[str, Any], recording: Recording) -> bool:
     if not recording.keep_token_ids and event.get("prompt_token_ids") is not None:
         event["prompt_token_ids"] = None
         hidden = True
-    for choice in event.get("choices") or ():
+    choices = event.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
         for name in names:
             if isinstance(choice, dict) and choice.get(name) is not None:
                 choice[name] = None

@@ -114,13 +114,13 @@ def _part_kind(part: object) -> object:
 def sampling_of(request: Mapping[str, Any]) -> Sampling:
     """The parameters that a chat request asked the sampler for."""
     stop = request.get("stop")
-    stops = (stop,) if isinstance(stop, str) else tuple(item for item in stop or () if isinstance(item, str))
+    several = stop if isinstance(stop, list) else [stop]  # some upstreams take anything
     return Sampling(
         temperature=_number(request.get("temperature")),
         top_p=_number(request.get("top_p")),
         top_k=_integer(request.get("top_k")),
         max_tokens=_integer(request.get("max_completion_tokens", request.get("max_tokens"))),
-        stop=stops,
+        stop=tuple(item for item in several if isinstance(item, str)),
         seed=_integer(request.get("seed")),
     )
 

@@ -154,7 +154,8 @@ def _assistant_steps(message: Mapping[str, Any], content: Any) -> Iterator[tuple
     text = _THOUGHT.sub("", text_of(content)).strip()
     if text:
         yield "assistant", text
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
             yield "call", _call(function.get("name"), function.get("arguments"))

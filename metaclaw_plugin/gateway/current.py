@@ -67,3 +67,9 @@ class CurrentRequest:
 
 
 CURRENT: ContextVar[CurrentRequest | None] = ContextVar("metaclaw_request", default=None)
+
+
+def present_recording() -> Recording | None:
+    """Where what passes for the request of the present task is recorded."""
+    current = CURRENT.get()
+    return None if current is None else current.recording

@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from metaclaw_plugin.capture.transport import RECORDING
 from metaclaw_plugin.gateway.answer import Answer
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
 from metaclaw_plugin.gateway.dialects import dialect_of
@@ -43,12 +42,11 @@ class Edge:
             await answer.refuse(*refusal)
             return
         self._gateway.open_request()
-        tokens = CURRENT.set(current), RECORDING.set(None)
+        token = CURRENT.set(current)
         try:
             await self._app(scope, body.receive, answer.take)
         finally:
-            CURRENT.reset(tokens[0])
-            RECORDING.reset(tokens[1])
+            CURRENT.reset(token)
             answer.end()
             self._gateway.close_request(current)
 

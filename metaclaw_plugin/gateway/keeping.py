@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,14 @@ from metaclaw_hooks.plugins import Plugins
 from metaclaw_hooks.types import Trace
 
 from metaclaw_plugin.capture.assemble import Origin, traces_of
-from metaclaw_plugin.capture.writer import TraceWriter
+from metaclaw_plugin.capture.writer import LOST, TraceWriter
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.metrics import Metrics
 from metaclaw_plugin.gateway.sessions import Turn
 from metaclaw_plugin.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[str, Sequence[Trace], Callable[[sa.Connection], None]]
 
@@ -37,7 +41,7 @@ class Keeper:
 
         ``alone``: no other request is on its way.
         """
-        if (batch := await self._batch(current)) is None:
+        if (batch := await self._batch_or_none(current)) is None:
             return
         started = time.perf_counter()
         stored = await self._writer.write(*batch, self._settings.gateway.commit_timeout, alone)
@@ -50,8 +54,21 @@ class Keeper:
             in_background(self._submit(current))  # the request's own task may be on its way out
 
     async def _submit(self, current: CurrentRequest) -> None:
-        if (batch := await self._batch(current)) is not None:
+        if (batch := await self._batch_or_none(current)) is not None:
             self._writer.submit(*batch)
+
+    async def _batch_or_none(self, current: CurrentRequest) -> Batch | None:
+        """What is to be stored; nothing, and a count, if that cannot be told. The client gets its answer either way."""
+        try:
+            return await self._batch(current)
+        except Exception as error:
+            # Isolation boundary: upstreams and clients may say anything. What they said is not for the log.
+            if current.plan is None:
+                raise
+            agent, place = current.plan.agent.name, traceback.extract_tb(error.__traceback__)[-1].name
+            logger.error("an answer to %s makes no trace: %s in %s", agent, type(error).__name__, place)
+            self._writer.count(LOST, agent, 1)
+            return None
 
     async def _batch(self, current: CurrentRequest) -> Batch | None:
         plan, recording = current.plan, current.recording

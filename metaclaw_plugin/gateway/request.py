@@ -17,7 +17,7 @@ from metaclaw_hooks.types import Agent, Mode
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.group_commit import GroupCommit
-from metaclaw_plugin.capture.transport import RECORDING, Recording
+from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
@@ -116,7 +116,7 @@ class Gateway:
             return call
         model = plan.upstream_name if plan.on_own_model else None
         if plan.turn is None:
-            RECORDING.set(Recording(keep_logprobs=True, keep_token_ids=True, model=model, kept=False))
+            current.recording = Recording(keep_logprobs=True, keep_token_ids=True, model=model, kept=False)
             return call
         defaults = {"temperature": 1.0, "top_p": 1.0} if plan.agent.mode in _TRAINED else {}
         missing = {name: value for name, value in defaults.items() if call.get(name) is None}
@@ -126,7 +126,6 @@ class Gateway:
         current.recording = Recording(
             keep_logprobs=asks_for_logprobs, keep_token_ids=bool(call.get("return_token_ids")), model=model
         )
-        RECORDING.set(current.recording)
         return {**call, **missing, **wanted, "return_token_ids": True}
 
     async def commit(self, current: CurrentRequest) -> None:

@@ -12,6 +12,7 @@ from litellm.proxy import proxy_server
 from litellm.proxy.common_request_processing import _stream_usage_tracking_updates
 
 from metaclaw_plugin.capture.transport import TapTransport
+from metaclaw_plugin.gateway.current import present_recording
 from metaclaw_plugin.gateway.healing import HealingTransport
 from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.routing import UPSTREAM
@@ -31,7 +32,7 @@ def tapped_client() -> Any:
     network = AsyncHTTPHandler.create_async_transport() or httpx.AsyncHTTPTransport()
     gateway = process_gateway()
     healing = HealingTransport(network, this_process().engine, gateway.in_flight, gateway.metrics.count)
-    return AsyncHTTPHandler(transport=TapTransport(healing))
+    return AsyncHTTPHandler(transport=TapTransport(healing, present_recording))
 
 
 def ask_for_usage(data: dict[str, Any]) -> None:

@@ -168,6 +168,7 @@ BROKEN = {
     "empty": Script.stream(),
     "error-inside": Script.stream(FIRST, b'data: {"error": {"message": "out of memory", "code": 500}}\n\n', LAST),
     "no-choices": Script.stream(b'data: {"id": "x", "choices": []}\n\n', LAST),
+    "odd-choices": Script.stream(FIRST, b'data: {"id": "x", "choices": 5}\n\n', LAST),
     "whole-garbage": Script([b"<html>"], [b"<html>"], content_type="text/html"),
     "whole-list": Script([b"[1, 2]"], [b"[1, 2]"]),
     "whole-null-choices": Script([b'{"id": "x", "choices": null}'], [b'{"id": "x", "choices": null}']),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaclaw_plugin.capture.transport import RECORDING, Recording, TapTransport
+from metaclaw_plugin.capture.transport import Recording, TapTransport
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data" / "vllm_replies.json").read_text())
 STREAMS = [name for name, case in RECORDED.items() if case["type"].startswith("text/event-stream")]
@@ -47,13 +47,10 @@ async def pass_through(
     upstream: Upstream, recording: Recording | None, body: bytes = b"{}"
 ) -> tuple[httpx.Response, list[bytes]]:
     """What comes out of the tap, chunk by chunk."""
-    token = RECORDING.set(recording)
-    try:
-        response = await TapTransport(upstream).handle_async_request(httpx.Request("POST", "http://u/", content=body))
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        return response, [chunk async for chunk in response.stream]
-    finally:
-        RECORDING.reset(token)
+    tap = TapTransport(upstream, lambda: recording)
+    response = await tap.handle_async_request(httpx.Request("POST", "http://u/", content=body))
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    return response, [chunk async for chunk in response.stream]
 
 
 def recording_for(case: dict[str, Any]) -> Recording:
@@ -232,15 +229,12 @@ async def test_a_request_that_is_sent_again_over_a_new_connection_is_recorded_an
     with pytest.raises(httpx.ReadError):
         await pass_through(Upstream(half, content_type=case["type"]), recording)
     upstream = Upstream([piece.encode() for piece in case["rich"]], content_type=case["type"])
-    token = RECORDING.set(recording)
-    try:
-        response = await TapTransport(upstream).handle_async_request(httpx.Request("POST", "http://u/", content=b"{}"))
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        over = []
-        async for _ in response.stream:
-            over.append(recording.over)
-    finally:
-        RECORDING.reset(token)
+    tap = TapTransport(upstream, lambda: recording)
+    response = await tap.handle_async_request(httpx.Request("POST", "http://u/", content=b"{}"))
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    over = []
+    async for _ in response.stream:
+        over.append(recording.over)
     assert over == [False] * (len(case["rich"]) - 1) + [True]
     alone = recording_for(case)
     await pass_through(upstream, alone)

@@ -8,7 +8,7 @@ import pytest
 from metaclaw_hooks.types import Kind
 
 from metaclaw_plugin.capture.reply import Choice, Reply
-from metaclaw_plugin.capture.verdict import untrainable_reason
+from metaclaw_plugin.capture.verdict import sampling_of, untrainable_reason
 from metaclaw_plugin.settings import CaptureSettings
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "top_p": 1.0}
@@ -105,3 +105,10 @@ def test_the_bounds_are_settings() -> None:
     choice = Choice(0, finish_reason="stop", token_ids=[5], logprobs=[-0.5])
     request = GOOD | {"temperature": 0.2, "top_p": 0.2}
     assert untrainable_reason(Kind.MAIN, request, Reply(prompt_token_ids=[1]), choice, True, settings) is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"), [("a", ("a",)), (["a", 3, None], ("a",)), (5, ()), (-2.5e61, ()), ({"a": 1}, ()), (None, ())]
+)
+def test_stops_of_any_kind_are_read_as_far_as_they_are_words(stop: object, kept: tuple[str, ...]) -> None:
+    assert sampling_of({"stop": stop}).stop == kept

@@ -59,7 +59,12 @@ def test_fuzzed_requests_to_the_trainer(house: House) -> None:
     document = httpx.get(f"{house.trainer}/openapi.json", headers=key, timeout=30).json()
     run = httpx.post(f"{house.trainer}/v1/lora/create", json={"rank": 4}, headers=key, timeout=60).json()["session_id"]
     fuzzer = Fuzzer("trainer", house.trainer, key)
+    opened = [run]
     count = 0
+
+    def note(reply: requests.Response, **_: Any) -> None:
+        if reply.ok and reply.url.endswith("/v1/lora/create"):
+            opened.append(reply.json()["session_id"])
 
     def into_a_run(case: Any) -> None:
         """Every other request about a training run is about one that is there."""
@@ -70,7 +75,10 @@ def test_fuzzed_requests_to_the_trainer(house: House) -> None:
         Fuzzer.case(fuzzer, case)
 
     fuzzer.case = into_a_run  # type: ignore[method-assign]
+    fuzzer.session.hooks["response"].append(note)
     from_document(fuzzer, document, TOTAL * 35 // 100)
+    for one in opened:  # there may be 64 at once, and others want some
+        httpx.delete(f"{house.trainer}/v1/lora/{one}", headers=key, timeout=60)
     finish(house, fuzzer, TOTAL // 4)
 
 
