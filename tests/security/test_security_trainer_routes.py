@@ -80,7 +80,7 @@ def _ask(house: House, client: httpx.Client, run: str, name: str, headers: dict[
     request = {key: dict(value) for key, value in ROUTES[name][0].items()}
     if request.get("json", {}).get("session_id") == "RUN":
         request["json"]["session_id"] = run
-    named = {"agent": "alpha", "name": "alpha@v1", "file": "adapter_config.json", "session_id": run}
+    named = {"agent": "alpha", "name": "alpha@v999999", "file": "adapter_config.json", "session_id": run}
     path = re.sub(r"\{(\w+)\}", lambda found: named[found[1]], path)
     tried("routes of the trainer, each with every kind of key")
     return client.request(method, path, headers=headers, **request)
