@@ -43,6 +43,8 @@ def vllm_command(settings: Settings, port: int | None = None, cpu: bool | None =
         raise ConfigError(
             f"metaclaw.vllm.host {vllm.host} opens vLLM to the network without a key: set metaclaw.vllm.api_key"
         )
+    if cpu and "lm_head" in vllm.lora_targets:
+        raise ConfigError("metaclaw.vllm.lora_targets: vLLM without a GPU dies of an adapted lm_head; take it out")
     argv = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--served-model-name", BASE_NAME),

@@ -23,6 +23,10 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
     down and ``w_S1OR`` on the way up.
     """
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._groups: list[tuple[int, Rows]] = []
+
     def update_metadata(self, *args: Any, **named: Any) -> None:
         """Take over which adapter each token of the next step belongs to."""
         super().update_metadata(*args, **named)
