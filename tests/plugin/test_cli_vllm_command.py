@@ -50,7 +50,7 @@ def test_adapters_can_be_loaded_at_run_time_and_nothing_is_sent_home(model: Path
 
 def test_an_adapted_output_layer_is_refused_where_vllm_would_die_of_it(model: Path) -> None:
     settings = Settings(base_model=str(model), vllm=VllmSettings(lora_targets=["q_proj", "lm_head"]))
-    with pytest.raises(ConfigError, match="lora_targets.*lm_head; take it out"):
+    with pytest.raises(ConfigError, match="dies of an adapted lm_head; take it out"):
         vllm_command(settings, cpu=True)
     assert "lm_head" in vllm_command(settings, cpu=False).argv
 
