@@ -20,6 +20,7 @@ from metaclaw_plugin.capture.group_commit import GroupCommit
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
+from metaclaw_plugin.gateway.collecting import AT_FAULT, Collector
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
 from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_identity
@@ -74,6 +75,8 @@ class Gateway:
         if not self._started:
             self._started = True
             in_background(self.in_flight.run())
+            if AT_FAULT:
+                in_background(Collector().run())
 
     async def prepare(self, current: CurrentRequest, key: KeyFacts, data: dict[str, Any], listed: bool) -> None:
         """Decide all about a request, and rewrite it accordingly: its model, its skills.

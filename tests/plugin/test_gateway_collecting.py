@@ -1,0 +1,113 @@
+"""The collector of the gateway: it runs when it is told to, and nothing is left lying."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from metaclaw_plugin.gateway import collecting
+from metaclaw_plugin.gateway.collecting import Collector
+
+
+@pytest.fixture(autouse=True)
+def collected_as_before() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+class Knot:
+    """Refers to itself, so that only a collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+async def test_garbage_goes_though_the_interpreter_collects_none() -> None:
+    task = asyncio.get_running_loop().create_task(Collector().run(every=0.005))
+    await asyncio.sleep(0.02)
+    assert not gc.isenabled()
+    knot = weakref.ref(Knot())
+    many = [[] for _ in range(2000)]  # past the threshold of the youngest generation
+    assert knot() is not None
+    while knot() is not None:
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert gc.isenabled()
+    assert len(many) == 2000
+
+
+@pytest.mark.parametrize(
+    ("counts", "since_full", "generation"),
+    [
+        ((700, 50, 50), 100.0, None),  # nothing young to speak of
+        ((701, 10, 50), 100.0, 0),
+        ((701, 11, 10), 100.0, 1),
+        ((701, 11, 11), 59.0, 1),  # the last full round was a moment ago
+        ((701, 11, 11), 61.0, 2),
+    ],
+)
+def test_the_oldest_generation_that_is_due_is_collected(
+    monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], since_full: float, generation: int | None
+) -> None:
+    clock = [1000.0]
+    collected: list[int] = []
+    monkeypatch.setattr(collecting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(collecting.gc, "get_count", lambda: counts)
+    monkeypatch.setattr(collecting.gc, "get_threshold", lambda: (700, 10, 10))
+    monkeypatch.setattr(collecting.gc, "collect", collected.append)
+    collector = Collector()
+    clock[0] += since_full
+    assert collector.collect_if_due() == generation
+    assert collected == ([] if generation is None else [generation])
+
+
+LOST = """
+import asyncio, contextvars, gc, sys
+from metaclaw_plugin.gateway.collecting import Collector
+
+theirs = contextvars.ContextVar("theirs", default=None)
+ours = contextvars.ContextVar("ours", default=None)
+more = [contextvars.ContextVar(f"more {n}") for n in range(40)]
+
+class Stream:  # as LiteLLM's: set free, it sets a variable
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        theirs.set(object())
+
+async def request():
+    for variable in more:
+        variable.set(object())
+    for _ in range(300):
+        mark = object()
+        Stream()
+        ours.set(mark)
+        assert ours.get() is mark
+
+async def main():
+    taken_over = asyncio.get_running_loop().create_task(Collector().run(every=0.001))
+    await asyncio.sleep(0.01)
+    for _ in range(200):
+        await asyncio.gather(*(request() for _ in range(4)))
+        await asyncio.sleep(0.001)
+    print("whole")
+
+gc.set_threshold(int(sys.argv[1]), 10, 10)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.law(4)
+@pytest.mark.parametrize("threshold", ["71", "97"])  # by the interpreter's own collector, two in five die
+def test_what_finalisers_set_takes_nothing_from_a_request(threshold: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", LOST, threshold], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "whole\n"), ended.stderr[-2000:]
