@@ -7,6 +7,8 @@ do not write through it.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +24,7 @@ from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.store.sqlite_file import file_of, make_private, stay_with_file
 from metaclaw_plugin.store.upgrade import bring_up_to_date, is_up_to_date
 
+_BUSY = 5.0  # seconds that a connection waits for another's lock
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
 _SET_UP_LOCK = 0x6D657461  # advisory lock that keeps two processes from creating tables at once
 
@@ -129,13 +132,26 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+def _switch_to_wal(cursor: Any) -> None:
+    """SQLite does not wait where two switch a new database at once, lest they wait for each other."""
+    deadline = time.monotonic() + _BUSY
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
 def _configure_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver starts no transaction of its own; _begin_sqlite does
     cursor = connection.cursor()
-    # busy_timeout first: even the switch to WAL may have to wait for another process.
+    cursor.execute(f"PRAGMA busy_timeout={int(1000 * _BUSY)}")
+    _switch_to_wal(cursor)
     for pragma in (
-        "busy_timeout=5000",
-        "journal_mode=WAL",
         "synchronous=NORMAL",
         "foreign_keys=ON",
         "secure_delete=ON",

@@ -272,12 +272,12 @@ def test_store_that_cannot_be_opened_says_so_without_the_password(url: str) -> N
 
 def test_two_processes_may_open_a_new_store_at_once(store_url: str) -> None:
     engines: list[Engine] = []
-    threads = [threading.Thread(target=lambda: engines.append(open_store(store_url))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: engines.append(open_store(store_url))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(engines) == 4
+    assert len(engines) == 8
     for engine in engines:
         with engine.connect() as c:
             assert c.execute(sa.select(sa.func.count()).select_from(schema.traces)).scalar_one() == 0
