@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -94,9 +96,19 @@ def upstream() -> Iterator[str]:
     server.server_close()
 
 
+def free_ports() -> int:
+    """A port for the gateway, below those that the system hands out; the console's, 20 further, is free as well."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as gateway, socket.socket() as console, contextlib.suppress(OSError):
+            gateway.bind(("127.0.0.1", port))
+            console.bind(("127.0.0.1", port + 20))
+            return port
+
+
 @pytest.fixture
-def house(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[House]:
-    house = House(tmp_path / "home", free_port())
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path / "home", free_ports())
     yield house
     house.command("stop")
     for process in house.ours():
