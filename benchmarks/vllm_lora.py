@@ -26,15 +26,14 @@ import httpx
 from benchmarks.telltale import TelltaleMaker
 from demo.models import model_path
 from metaclaw_plugin.settings import Settings
-from metaclaw_plugin.vllm_command import vllm_command
+from metaclaw_plugin.vllm_command import BASE_NAME, vllm_command
 from tests.vllm_server import pick_free_port, stop_group, wait_until_ready
 
 SIDES = {"vLLM's own": {"VLLM_PLUGINS": ""}, "ours": {}}
 ADAPTERS = 4
 PROMPT, SHORT, SAID, STREAMS = 128, 16, 16, 16  # tokens, tokens, tokens, requests at once
-BASE = "metaclaw-base"
 CASES = {
-    "base model": [BASE],
+    "base model": [BASE_NAME],
     "one adapter": ["telltale-0"],
     "four adapters": [f"telltale-{n}" for n in range(ADAPTERS)],
 }
@@ -111,7 +110,7 @@ def main() -> None:
             maker.make(f"telltale-{number}")
         urls = {side: stack.enter_context(serving(model, Path(folder), env)) for side, env in SIDES.items()}
         for url in urls.values():
-            asyncio.run(seconds(url, [BASE, *CASES["four adapters"]], STREAMS, 4))  # warm
+            asyncio.run(seconds(url, [BASE_NAME, *CASES["four adapters"]], STREAMS, 4))  # warm
         for number in range(options.rounds):
             for case, models in CASES.items():
                 for side, url in urls.items():

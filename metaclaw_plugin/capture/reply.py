@@ -38,7 +38,7 @@ class Reply:
     def add_event(self, event: Json) -> None:
         """Take in one event of a stream."""
         self._add_head(event)
-        for part in _choices(event):
+        for part in choices_of(event):
             choice = self._choice(part)
             if choice is None:
                 self.garbled = True
@@ -51,7 +51,7 @@ class Reply:
     def add_body(self, body: Json) -> None:
         """Take in an answer that came in one piece."""
         self._add_head(body)
-        for part in _choices(body):
+        for part in choices_of(body):
             choice = self._choice(part)
             message = part.get("message")
             if choice is None or not isinstance(message, Mapping):
@@ -101,7 +101,8 @@ class Reply:
         choice.logprobs.extend(values)
 
 
-def _choices(event: Json) -> list[Json]:
+def choices_of(event: Json) -> list[Json]:
+    """The choices of a body or an event, as far as they are any."""
     choices = event.get("choices")
     return [part for part in choices if isinstance(part, dict)] if isinstance(choices, list) else []
 

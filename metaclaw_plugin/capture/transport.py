@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import orjson
 
-from metaclaw_plugin.capture.reply import Reply
+from metaclaw_plugin.capture.reply import Reply, choices_of
 
 # LiteLLM writes the model first; the long rest of the body need not be parsed then.
 _MODEL_IN_FRONT = re.compile(rb'\A(\{\s*"model"\s*:\s*)"[^"\\]*"')
@@ -206,10 +206,9 @@ def _hide_injected(event: dict[str, Any], recording: Recording) -> bool:
     if not recording.keep_token_ids and event.get("prompt_token_ids") is not None:
         event["prompt_token_ids"] = None
         hidden = True
-    choices = event.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
+    for choice in choices_of(event):
         for name in names:
-            if isinstance(choice, dict) and choice.get(name) is not None:
+            if choice.get(name) is not None:
                 choice[name] = None
                 hidden = True
     return hidden

@@ -15,6 +15,7 @@ from metaclaw_hooks.plugins import Plugins
 from metaclaw_hooks.types import Trace
 
 from metaclaw_plugin.capture.assemble import Origin, traces_of
+from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import LOST, TraceWriter
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
@@ -41,7 +42,7 @@ class Keeper:
 
         ``alone``: no other request is on its way.
         """
-        if (batch := await self._batch_or_none(current)) is None:
+        if (batch := await self._batch(current)) is None:
             return
         started = time.perf_counter()
         stored = await self._writer.write(*batch, self._settings.gateway.commit_timeout, alone)
@@ -54,28 +55,26 @@ class Keeper:
             in_background(self._submit(current))  # the request's own task may be on its way out
 
     async def _submit(self, current: CurrentRequest) -> None:
-        if (batch := await self._batch_or_none(current)) is not None:
+        if (batch := await self._batch(current)) is not None:
             self._writer.submit(*batch)
 
-    async def _batch_or_none(self, current: CurrentRequest) -> Batch | None:
-        """What is to be stored; nothing, and a count, if that cannot be told. The client gets its answer either way."""
-        try:
-            return await self._batch(current)
-        except Exception as error:
-            # Isolation boundary: upstreams and clients may say anything. What they said is not for the log.
-            if current.plan is None:
-                raise
-            agent, place = current.plan.agent.name, traceback.extract_tb(error.__traceback__)[-1].name
-            logger.error("an answer to %s makes no trace: %s in %s", agent, type(error).__name__, place)
-            self._writer.count(LOST, agent, 1)
-            return None
-
     async def _batch(self, current: CurrentRequest) -> Batch | None:
+        """What is to be stored; nothing, and a count, if that cannot be told. The client gets its answer either way."""
         plan, recording = current.plan, current.recording
         if current.committed or plan is None or plan.turn is None or recording is None:
             return None
         current.committed = True
-        turn, complete = plan.turn, recording.complete
+        try:
+            return await self._assembled(current, plan, plan.turn, recording)
+        except Exception as error:  # noqa: BLE001 - isolation boundary: upstreams and clients may say anything
+            # What they said is not for the log.
+            agent, place = plan.agent.name, traceback.extract_tb(error.__traceback__)[-1].name
+            logger.error("an answer to %s makes no trace: %s in %s", agent, type(error).__name__, place)
+            self._writer.count(LOST, agent, 1)
+            return None
+
+    async def _assembled(self, current: CurrentRequest, plan: Plan, turn: Turn, recording: Recording) -> Batch | None:
+        complete = recording.complete
         origin = _origin(current.dialect, plan, turn)
         traces = traces_of(origin, recording, current.response_id, self._settings.capture)
         recording.forget()  # LiteLLM's background tasks hold on to this request's context for a while
