@@ -66,6 +66,8 @@ class TraceWriter:
         future = self.submit(agent, traces, after)
         if alone:
             wait([future], timeout=_MOMENT)
+        if future.done():
+            return future.exception() is None  # without a turn of the event loop, which would do all that first
         waiter = asyncio.wrap_future(future)
         done, _ = await asyncio.wait({waiter}, timeout=patience)
         if not done:

@@ -73,12 +73,12 @@ class Answer:
         if message["status"] >= 300:
             self._current.committed = True  # whatever the upstream said, the client gets none of it
         headers = {key.lower(): value for key, value in message.get("headers", ())}
+        if message["status"] == 404:
+            self._report_unrouted()
         if self._current.dialect == "messages" and message["status"] >= 400 and b"content-encoding" not in headers:
             self._held_start = message
             return
         answered = message["status"] < 300
-        if message["status"] == 404:
-            self._report_unrouted()
         if answered and self._current.plan is not None and self._current.plan.turn is not None:
             self._watch(self._current.plan, headers)
         added = []

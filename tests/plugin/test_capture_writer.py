@@ -116,6 +116,17 @@ async def test_a_trace_written_twice_is_stored_once(store: GroupCommit, database
     assert stored(database) == ["tr-0"]
 
 
+async def test_a_request_that_is_alone_waits_for_its_commit_and_for_nothing_else(
+    store: GroupCommit, database: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_MOMENT", 5.0)
+    put_off: list[str] = []
+    asyncio.get_running_loop().call_soon(put_off.append, "the upstream's log")
+    assert await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 5.0, alone=True)
+    assert stored(database) == ["tr-0"]
+    assert put_off == []
+
+
 @pytest.mark.law(5)
 async def test_a_store_that_does_not_answer_costs_the_wait_and_no_more(
     store: GroupCommit, database: Path, told: Told

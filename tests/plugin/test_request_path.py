@@ -300,10 +300,11 @@ async def test_what_the_client_never_got_is_not_kept(
         (400, None, []),  # LiteLLM's own answer, before any call
     ],
 )
+@pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
 async def test_a_404_that_did_not_pass_the_tap_is_reported(
-    gateway: Gateway, caplog: pytest.LogCaptureFixture, status: int, tapped: bool | None, said: list[str]
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, status: int, tapped: bool | None, said: list[str], dialect: str
 ) -> None:
-    current, data = request()
+    current, data = CurrentRequest(dialect, {}), request()[1]
     await gateway.prepare(current, KEY, data, listed=False)
     if tapped is not None:
         gateway.attempt(current, {"model": "hosted_vllm/alpha"})

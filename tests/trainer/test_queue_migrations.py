@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_revisions_make_what_the_schema_says(url: str) -> None:
         command.upgrade(given, "head")
     assert differences(store) == []
     assert ScriptDirectory.from_config(config()).get_heads() == [HEAD]
+
+
+def test_two_trainers_may_open_a_new_store_at_once(url: str) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        stores = list(threads.map(open_store, [url] * 8))
+    for store in stores:
+        assert differences(store) == []
+        store.close()
 
 
 def test_an_older_store_is_upgraded_once_with_what_it_holds(
