@@ -16,14 +16,17 @@ import time
 AT_FAULT = sys.version_info < (3, 12)  # from then on the interpreter itself waits for the end of such calls
 
 _EVERY = 0.1  # seconds
-_FULL_EVERY = 60.0  # seconds between two rounds through everything, which hold all requests up
+# Rounds through everything hold all requests up. What LiteLLM leaves of a stream is found by them alone, so they are
+# short if they come often; but what lives costs its time in each.
+_FULL_PAUSE = (1.0, 10.0)  # seconds between two of them: at least, at most
+_FULL_SHARE = 0.05  # of the time, in between
 
 
 class Collector:
-    """Does what the interpreter's collector would do, by its own counts and thresholds, when it is told to."""
+    """Does what the interpreter's collector would do, a little at a time, when it is told to."""
 
     def __init__(self) -> None:
-        self._full_at = time.monotonic()
+        self._full_at = time.monotonic()  # when the next round through everything is due
 
     async def run(self, every: float = _EVERY) -> None:
         """Take over from the interpreter's collector; a task that ends gives it back."""
@@ -37,12 +40,17 @@ class Collector:
 
     def collect_if_due(self) -> int | None:
         """Collect the oldest generation that is due; which one it was."""
-        young, middle, old = gc.get_count()
+        young, middle, _ = gc.get_count()
         at_most = gc.get_threshold()
         if young <= at_most[0]:
             return None
-        generation = 0 if middle <= at_most[1] else 1
-        if generation and old > at_most[2] and time.monotonic() - self._full_at >= _FULL_EVERY:
-            generation, self._full_at = 2, time.monotonic()
-        gc.collect(generation)
-        return generation
+        started = time.monotonic()
+        if started < self._full_at:
+            generation = 0 if middle <= at_most[1] else 1
+            gc.collect(generation)
+            return generation
+        gc.collect(2)
+        ended = time.monotonic()
+        shortest, longest = _FULL_PAUSE
+        self._full_at = ended + min(max((ended - started) / _FULL_SHARE, shortest), longest)
+        return 2

@@ -45,29 +45,56 @@ async def test_garbage_goes_though_the_interpreter_collects_none() -> None:
     assert len(many) == 2000
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    held = [1000.0]
+    monkeypatch.setattr(collecting.time, "monotonic", lambda: held[0])
+    return held
+
+
 @pytest.mark.parametrize(
     ("counts", "since_full", "generation"),
     [
         ((700, 50, 50), 100.0, None),  # nothing young to speak of
-        ((701, 10, 50), 100.0, 0),
-        ((701, 11, 10), 100.0, 1),
-        ((701, 11, 11), 59.0, 1),  # the last full round was a moment ago
-        ((701, 11, 11), 61.0, 2),
+        ((701, 10, 50), 0.9, 0),
+        ((701, 11, 0), 0.9, 1),
+        ((701, 0, 0), 1.1, 2),
     ],
 )
 def test_the_oldest_generation_that_is_due_is_collected(
-    monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], since_full: float, generation: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    clock: list[float],
+    counts: tuple[int, int, int],
+    since_full: float,
+    generation: int | None,
 ) -> None:
-    clock = [1000.0]
     collected: list[int] = []
-    monkeypatch.setattr(collecting.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(collecting.gc, "get_count", lambda: counts)
+    monkeypatch.setattr(collecting.gc, "get_count", lambda: (701, 0, 0))
     monkeypatch.setattr(collecting.gc, "get_threshold", lambda: (700, 10, 10))
     monkeypatch.setattr(collecting.gc, "collect", collected.append)
     collector = Collector()
+    assert collector.collect_if_due() == 2
+    monkeypatch.setattr(collecting.gc, "get_count", lambda: counts)
     clock[0] += since_full
     assert collector.collect_if_due() == generation
-    assert collected == ([] if generation is None else [generation])
+    assert collected == ([2] if generation is None else [2, generation])
+
+
+@pytest.mark.parametrize(("took", "pause"), [(0.01, 1.0), (0.1, 2.0), (0.3, 6.0), (3.0, 10.0)])
+def test_rounds_through_everything_take_a_twentieth_of_the_time_unless_garbage_would_heap_up(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float], took: float, pause: float
+) -> None:
+    def collect(generation: int) -> None:
+        clock[0] += took if generation == 2 else 0.0
+
+    monkeypatch.setattr(collecting.gc, "get_count", lambda: (701, 0, 0))
+    monkeypatch.setattr(collecting.gc, "collect", collect)
+    collector = Collector()
+    assert collector.collect_if_due() == 2
+    clock[0] += pause - 0.01
+    assert collector.collect_if_due() == 0
+    clock[0] += 0.02
+    assert collector.collect_if_due() == 2
 
 
 LOST = """
