@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metaclaw_plugin.cli.agent_keys import check_keys, make_key
 from metaclaw_plugin.cli.agent_settings import set_
 from metaclaw_plugin.cli.options import AsJson, Config
-from metaclaw_plugin.cli.virtual_keys import make_virtual_key
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -37,14 +37,14 @@ def add(
     Give the key to the agent's client, with the gateway as its base URL. With `metaclaw.gateway.admin_key` it is one of
     LiteLLM's virtual keys.
     """
-    from metaclaw_plugin.store.agents import add_agent, new_key
+    from metaclaw_plugin.store.agents import add_agent
 
     settings, engine = _open(config)
     chosen = _mode(mode)
+    check_keys(settings, config)
     with engine.begin() as c:
         add_agent(c, name, chosen)
-        key = None if settings.gateway.admin_key else new_key(c, [name])
-    _print_key(settings, key or make_virtual_key(settings, engine, [name]), name, as_json)
+    _print_key(settings, make_key(settings, engine, [name], config), name, as_json)
 
 
 @app.command("list")
@@ -135,7 +135,7 @@ def keys(
 
     settings, engine = _open(config)
     if new:
-        _print_key(settings, _one_more_key(settings, engine, [name, *(also or [])]), name, as_json)
+        _print_key(settings, make_key(settings, engine, [name, *(also or [])], config), name, as_json)
         return
     if revoke is not None:
         with engine.begin() as c:
@@ -238,15 +238,6 @@ def owner(
         if value is not None:
             set_owner(c, name, None if value == "none" else value)
         typer.echo(get_record(c, name).owner or "none")
-
-
-def _one_more_key(settings: Settings, engine: Engine, agents: list[str]) -> NewKey:
-    from metaclaw_plugin.store.agents import new_key
-
-    if settings.gateway.admin_key:
-        return make_virtual_key(settings, engine, agents)
-    with engine.begin() as c:
-        return new_key(c, agents)
 
 
 def _open(config: Path | None) -> tuple[Settings, Engine]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metaclaw_plugin.cli.agent_keys import agents_behind, check_keys, make_key
 from metaclaw_plugin.cli.options import Config
 from metaclaw_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection as StoreConnection
+    from sqlalchemy.engine import Engine
 
     from metaclaw_plugin.clients.openclaw import Change, Connection
     from metaclaw_plugin.settings import Settings
@@ -52,7 +54,8 @@ def openclaw(
     if undo:
         _undo(settings, path, current, dry_run)
         return
-    connections = _connections(settings, current, agent or claw.agents_in(current), context_window, dry_run)
+    check_keys(settings, config)
+    connections = _connections(settings, config, current, agent or claw.agents_in(current), context_window, dry_run)
     new, changes = claw.connect(current, connections, extension)
     if print_it:
         typer.echo(json.dumps(new, indent=2))
@@ -93,7 +96,12 @@ def gateway_url(settings: Settings) -> str:
 
 
 def _connections(
-    settings: Settings, current: dict[str, Any], agents: list[str], context: int | None, dry_run: bool
+    settings: Settings,
+    config: Path | None,
+    current: dict[str, Any],
+    agents: list[str],
+    context: int | None,
+    dry_run: bool,
 ) -> list[Connection]:
     from metaclaw_hooks.names import slug
 
@@ -114,28 +122,24 @@ def _connections(
     if dry_run:
         return [Connection(name, url, key_in(current, name) or DRY_KEY, window, tokens) for name in agents]
     engine = open_store(settings.store_url)
-    with engine.begin() as c:
-        found = [Connection(name, url, _key(c, current, name), window, tokens) for name in agents]
-    engine.dispose()
-    return found
+    try:
+        return [Connection(name, url, _key(settings, engine, config, current, name), window, tokens) for name in agents]
+    finally:
+        engine.dispose()
 
 
-def _key(c: StoreConnection, current: dict[str, Any], agent: str) -> str:
+def _key(settings: Settings, engine: Engine, config: Path | None, current: dict[str, Any], agent: str) -> str:
     """The key that OpenClaw has for ``agent``, if it is still good; else a new one, and the agent if it is new."""
     from metaclaw_plugin.clients.openclaw import key_in
-    from metaclaw_plugin.errors import UnknownAgentError
-    from metaclaw_plugin.store.agents import add_agent, agents_of_key, get_record, new_key
+    from metaclaw_plugin.errors import AgentExistsError
+    from metaclaw_plugin.store.agents import add_agent
 
     present = key_in(current, agent)
-    if present is not None:
-        identity = agents_of_key(c, present)
-        if identity is not None and agent in identity.agents:
-            return present
-    try:
-        get_record(c, agent)
-    except UnknownAgentError:
+    if present is not None and agent in agents_behind(settings, engine, present):
+        return present
+    with suppress(AgentExistsError), engine.begin() as c:
         add_agent(c, agent)
-    return new_key(c, [agent]).secret
+    return make_key(settings, engine, [agent], config).secret
 
 
 def _served_context(settings: Settings) -> int:

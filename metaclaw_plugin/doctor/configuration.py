@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,17 @@ def _callback(data: dict[str, Any]) -> Finding:
     return failure("callback", f"listed {times} times: everything happens as often", "list it once")
 
 
-def _auth(data: dict[str, Any]) -> Finding:
+def litellm_has_the_keys(data: dict[str, Any]) -> bool:
+    """Whether LiteLLM itself checks keys, by the config file ``data`` and the environment."""
     general = data.get("general_settings") or {}
-    if general.get("custom_auth") == AUTH:
+    named = general.get("database_url") or general.get("master_key") or os.environ.get("DATABASE_URL")
+    return general.get("custom_auth") != AUTH and bool(named)
+
+
+def _auth(data: dict[str, Any]) -> Finding:
+    if (data.get("general_settings") or {}).get("custom_auth") == AUTH:
         return ok("keys", "our own (`metaclaw agents add`)")
-    if general.get("database_url") or general.get("master_key"):
+    if litellm_has_the_keys(data):
         return ok("keys", "LiteLLM's virtual keys")
     return failure("keys", "the gateway would answer anybody", f"general_settings.custom_auth: {AUTH}")
 

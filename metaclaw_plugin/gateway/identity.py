@@ -58,7 +58,7 @@ class KeyFacts:
     @property
     def decisive(self) -> tuple[str, str | None]:
         """All that decides whom a virtual key acts for."""
-        return repr(_named(self)), self.owner
+        return repr(named_agents(self)), self.owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,21 @@ def identify(c: Connection, key: KeyFacts) -> Identity:
     """The agents that ``key`` acts for. A virtual key claims an agent that nobody has: ``c`` must be a writing one."""
     if key.ours:
         return own_identity(key)
-    named = _named(key)
+    named = named_agents(key)
     if not named or key.owner is None:
         return Identity()
     owned = {name: claim_agent(c, name, key.owner) for name in named}
     agents = tuple(name for name, mine in owned.items() if mine)
     return Identity(agents, refused=tuple(name for name, mine in owned.items() if not mine))
+
+
+def named_agents(key: KeyFacts) -> list[str]:
+    """The agents that a virtual key names, whoever owns them: those in ``metadata.agent_id``, else its alias."""
+    named = key.metadata.get("agent_id")
+    if named is None:
+        named = key.alias
+    names = named if isinstance(named, list) else [named]
+    return [name for name in names[:_MAX_POOL] if isinstance(name, str) and _SLUG.fullmatch(name)]
 
 
 def choose_agent(identity: Identity, headers: Mapping[str, str], model: str | None = None) -> str | None:
@@ -144,11 +153,3 @@ def internal_key(home: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot keep the internal key in {path}: {error}; check the folder's permissions") from error
-
-
-def _named(key: KeyFacts) -> list[str]:
-    named = key.metadata.get("agent_id")
-    if named is None:
-        named = key.alias
-    names = named if isinstance(named, list) else [named]
-    return [name for name in names[:_MAX_POOL] if isinstance(name, str) and _SLUG.fullmatch(name)]

@@ -155,6 +155,11 @@ def list_versions(
     return [_record(row) for row in c.execute(query)]
 
 
+def newest_number(c: sa.Connection, agent: str) -> int:
+    """The number of the agent's newest version, whatever became of it; 0 if it has none."""
+    return c.scalar(sa.select(sa.func.max(adapters.c.number)).where(adapters.c.agent == agent)) or 0
+
+
 def set_state(
     c: sa.Connection, agent: str, number: int, state: VersionState, decision: Mapping[str, Any] | None = None
 ) -> None:

@@ -65,6 +65,14 @@ sessions = sa.Table(
     sa.Column("without_skills", sa.JSON, nullable=False),  # left out on purpose, to measure them
     sa.Index("ix_sessions_evidence", "agent", "evidence_key"),
     sa.Index("ix_sessions_open", "closed_at", "last_at"),
+    sa.Index(  # few are pinned; a version's end asks for them
+        "ix_sessions_pinned",
+        "agent",
+        "adapter_version",
+        "last_at",
+        sqlite_where=sa.text("adapter_version IS NOT NULL"),
+        postgresql_where=sa.text("adapter_version IS NOT NULL"),
+    ),
     # One open session for one piece of evidence, whoever comes first.
     sa.Index(
         "ux_sessions_one_open",
@@ -205,6 +213,7 @@ adapters = sa.Table(
     sa.Column("problem", sa.Text),  # why it could not be loaded, while that lasts
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Index("ix_adapters_state", "state", "agent"),
+    sa.Index("ix_adapters_decided", "agent", "decided_at"),
 )
 
 # Which version answers an agent's next exchange. No row, or version 0: the base model.

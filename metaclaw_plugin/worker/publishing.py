@@ -274,12 +274,12 @@ def _pass_over(c: sa.Connection, agent: str, judging: Collection[str]) -> None:
 
     One that is being judged (its name is in ``judging``) is judged to the end, however many newer ones there are.
     """
-    records = {record.version.number: record for record in store.list_versions(c, agent)}
-    newest = max(records, default=0)
-    for number, record in records.items():
-        if record.version.state is not VersionState.CANDIDATE or record.wish is not None:
+    newest = store.newest_number(c, agent)
+    for record in store.list_versions(c, agent, states=(VersionState.CANDIDATE,)):
+        number = record.version.number
+        if record.wish is not None:
             continue
-        fallen = _rejected_ancestor(records, number)
+        fallen = _rejected_ancestor(c, record)
         if fallen is not None:
             decision = Decision(False, f"v{number}: trained from v{fallen}, which was rejected", {})
             store.set_state(c, agent, number, VersionState.REJECTED, decision.stored())
@@ -288,13 +288,16 @@ def _pass_over(c: sa.Connection, agent: str, judging: Collection[str]) -> None:
             store.set_state(c, agent, number, VersionState.RETIRED, decision.stored())
 
 
-def _rejected_ancestor(records: Mapping[int, VersionRecord], number: int) -> int | None:
-    """The nearest rejected version that ``number`` was trained from, with none that was accepted in between."""
-    parent = records.get(records[number].version.parent)
-    while parent is not None and parent.version.number < number:
+def _rejected_ancestor(c: sa.Connection, record: VersionRecord) -> int | None:
+    """The nearest rejected version that this one was trained from, with none that was accepted in between."""
+    version = record.version
+    while found := store.list_versions(c, version.agent, number=version.parent):
+        parent = found[0]
+        if parent.version.number >= version.number:
+            return None
         if parent.version.state is VersionState.REJECTED or parent.wish == store.WISH_WITHDRAW:
             return parent.version.number
         if (parent.decision or {}).get("accepted"):
             return None
-        number, parent = parent.version.number, records.get(parent.version.parent)
+        version = parent.version
     return None

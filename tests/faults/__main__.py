@@ -27,6 +27,7 @@ import aiohttp
 from demo.models import model_path
 from tests.faults import points
 from tests.faults.clients import Clients
+from tests.faults.killer import Killer
 from tests.faults.report import print_tables, result_of
 from tests.faults.scripted import FAULTS, Fault
 from tests.faults.siege import Siege
@@ -101,7 +102,7 @@ async def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     async with standing(folder, model_path("tiny"), real_vllm=given.real_vllm) as stage:
         started = time.monotonic() - began
         clients = Clients(stage, given.clients, given.seed, max_tokens=12 if given.real_vllm else 24)
-        siege = Siege(stage, clients, chance)
+        siege = Siege(Killer(stage, clients, chance, asyncio.Event()))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, siege.ended.set)
         talking = asyncio.create_task(clients.run())
@@ -151,21 +152,21 @@ async def _kill_all(
             print(f"{len(orders)} of {of} kills are left", flush=True)
             return
         await asyncio.sleep(chance.uniform(0.05, 1.0))
-        async with siege.killing:
-            place = next((i for i, order in enumerate(orders) if siege.is_due(order)), None)
+        async with siege.killer.busy:
+            place = next((i for i, order in enumerate(orders) if siege.killer.is_due(order)), None)
             if place is None:
                 continue
             name, number = orders.pop(place)
             try:
                 if name not in points.POINTS:
-                    await siege.kill(name, number)
-                elif not await siege.kill_at(name, number):
+                    await siege.killer.kill(name, number)
+                elif not await siege.killer.kill_at(name, number):
                     print(f"nobody passed {name} in time", flush=True)
                     orders.append((chance.choice(("worker", "trainer")), number))
             except TimeoutError as error:
                 siege.findings.blame("not back", f"after the kill of {name}: {error}")
-        if sum(siege.kills.values()) % 20 == 0:
-            print(f"{sum(siege.kills.values())}/{of} {dict(siege.kills)}", flush=True)
+        if sum(siege.killer.kills.values()) % 20 == 0:
+            print(f"{sum(siege.killer.kills.values())}/{of} {dict(siege.killer.kills)}", flush=True)
 
 
 def _kills(count: int, chance: random.Random) -> list[tuple[str, signal.Signals]]:

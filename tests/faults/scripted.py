@@ -21,7 +21,8 @@ import aiohttp
 
 from tests.faults import points
 from tests.faults.disk import Disk
-from tests.faults.siege import Cost, Siege
+from tests.faults.killer import Cost
+from tests.faults.siege import Siege
 from tests.faults.stage import AGENTS, REWARD, Stage
 
 Work = Callable[[Siege], Awaitable[None]]
@@ -101,7 +102,7 @@ async def worker_away(siege: Siege) -> None:
 
 @fault("vllm restarted by SIGTERM", "requests")
 async def vllm_restarted(siege: Siege) -> None:
-    await siege.restart_vllm(signal.SIGTERM)
+    await siege.killer.restart_vllm(signal.SIGTERM)
 
 
 @fault("vllm forgets every adapter")
@@ -133,7 +134,7 @@ async def adapters_away(siege: Siege) -> None:
 @fault("the checkpoints away for 6 s", kills=False)
 async def checkpoints_away(siege: Siege) -> None:
     with _moved(siege.stage.trainer_home / "adapters"):
-        await siege.kill("trainer", signal.SIGKILL)
+        await siege.killer.kill("trainer", signal.SIGKILL)
         await asyncio.sleep(6.0)
 
 
@@ -183,7 +184,7 @@ async def trainer_disk_full(siege: Siege) -> None:
 async def store_disk_full_and_kill(siege: Siege) -> None:
     with _store_disk_full(siege.stage):
         await asyncio.sleep(1.0)
-        await siege.kill("worker", signal.SIGKILL)
+        await siege.killer.kill("worker", signal.SIGKILL)
         await asyncio.sleep(4.0)
 
 
@@ -270,7 +271,7 @@ async def worker_frozen(siege: Siege) -> None:
 
 @fault("a gateway worker frozen for 4 s")
 async def gateway_frozen(siege: Siege) -> None:
-    pid = siege.chance.choice(siege.stage.gateway_workers())
+    pid = siege.killer.chance.choice(siege.stage.gateway_workers())
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         await asyncio.sleep(4.0)
@@ -279,14 +280,14 @@ async def gateway_frozen(siege: Siege) -> None:
 
 @fault("the gateway restarted by SIGTERM", "requests")
 async def gateway_restarted(siege: Siege) -> None:
-    await siege.kill("gateway", signal.SIGTERM)
+    await siege.killer.kill("gateway", signal.SIGTERM)
 
 
 @fault("everything killed at once", "requests")
 async def power_cut(siege: Siege) -> None:
     for name in ("worker", "trainer"):
-        await siege.kill(name, signal.SIGKILL)
-    await asyncio.gather(siege.kill("vllm", signal.SIGKILL), siege.kill("gateway", signal.SIGKILL))
+        await siege.killer.kill(name, signal.SIGKILL)
+    await asyncio.gather(siege.killer.kill("vllm", signal.SIGKILL), siege.killer.kill("gateway", signal.SIGKILL))
 
 
 @fault("a reward that raises, then one that hangs")

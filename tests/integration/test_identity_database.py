@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from metaclaw_plugin.cli.main import app
 from metaclaw_plugin.store.agents import set_owner
 from metaclaw_plugin.store.engine import open_store
 from tests.gateway_server import GatewayServer, running_database_gateway
@@ -138,3 +143,24 @@ def test_wrong_and_deleted_keys_are_refused(virtual: GatewayServer) -> None:
     assert chat(virtual, key).status_code == 401
     assert chat(virtual, "sk-nobody").status_code == 401
     assert call(virtual, "GET", "/metaclaw/v1/status", "sk-nobody").status_code == 401
+
+
+def test_openclaw_is_connected_by_a_virtual_key_and_keeps_it(virtual: GatewayServer, tmp_path: Path) -> None:
+    config = yaml.safe_load((virtual.log.parent / "config.yaml").read_text())
+    config["general_settings"]["database_url"] = "os.environ/DATABASE_URL"
+    config["metaclaw"]["gateway"]["admin_key"] = virtual.key
+    path, claw = tmp_path / "config.yaml", tmp_path / "openclaw.json"
+    path.write_text(yaml.safe_dump(config))
+    claw.write_text(json.dumps({"agents": {"list": [{"id": "claw"}]}}))
+    options = ["connect", "openclaw", "--file", str(claw), "--context-window", "32768", "--config", str(path)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    key = json.loads(claw.read_text())["models"]["providers"]["metaclaw-claw"]["apiKey"]
+    assert chat(virtual, key).headers["x-metaclaw-adapter"] == "claw@v0"
+    again = CliRunner().invoke(app, options)
+    assert "nothing to change" in again.output
+    assert call(virtual, "POST", "/key/delete", virtual.key, json={"keys": [key]}).status_code == 200
+    assert CliRunner().invoke(app, options).exit_code == 0
+    other = json.loads(claw.read_text())["models"]["providers"]["metaclaw-claw"]["apiKey"]
+    assert other != key
+    assert chat(virtual, other).headers["x-metaclaw-adapter"] == "claw@v0"

@@ -17,11 +17,15 @@ from metaclaw_plugin.store.schema import routes, traces
 from metaclaw_plugin.store.traces import insert_traces
 from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.worker.canary import welch_difference
-from tests.plugin.test_publishing_rounds import Context, Publisher, ctx, published, route, states
+from metaclaw_plugin.worker.publishing import Publisher
 from tests.plugin.test_routing_pick import Turn, add_session
+from tests.publishing_cases import Context, context, published, route, states
 from tests.store_cases import a_trace
 
-__all__ = ["ctx"]
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> Context:
+    return context(tmp_path)
 
 
 @pytest.fixture

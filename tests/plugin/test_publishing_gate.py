@@ -30,7 +30,7 @@ from metaclaw_plugin.worker.verdicts import (
     paired_difference,
     student_quantile,
 )
-from tests.plugin.test_publishing_rounds import Plugins, Trainer, route, states, unasked
+from tests.publishing_cases import Plugins, Trainer, route, states, unasked
 
 GOOD = Evaluation(
     against=7,

@@ -1,0 +1,43 @@
+"""Requests of conversations, for tests of sessions and turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from metaclaw_plugin.gateway import sessions
+from metaclaw_plugin.gateway.sessions import RequestEvidence, Turn
+from metaclaw_plugin.settings import Settings
+
+SETTINGS = Settings(sessions={"held_out_one_in": 0, "idle_timeout": 100})  # type: ignore[arg-type]
+INTERNAL = {"role": "user", "content": [{"type": "text", "text": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnone"}]}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def ask(
+    store: Engine,
+    *messages: dict[str, Any],
+    agent: str = "alpha",
+    now: float = 0.0,
+    body: dict[str, Any] | None = None,
+    **headers: str,
+) -> Turn:
+    named = {name.replace("_", "-"): value for name, value in headers.items() if name != "session_id"}
+    if "session_id" in headers:
+        named["session_id"] = headers["session_id"]
+    evidence = RequestEvidence(named, {"messages": list(messages), **(body or {})})
+    with store.begin() as c:
+        return sessions.resolve(c, agent, evidence, now, SETTINGS)
+
+
+def answer(store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None) -> None:
+    with store.begin() as c:
+        sessions.settle(c, turn, answers, now, pin)
