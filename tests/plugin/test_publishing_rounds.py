@@ -68,6 +68,24 @@ async def test_a_new_version_ends_the_pause_between_two_rounds(ctx: Context) -> 
         assert store.get_route(c, "ada").version == 2
 
 
+@pytest.mark.law(5)
+async def test_a_round_reads_as_little_however_many_versions_there_were(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    real = store._record
+    monkeypatch.setattr(store, "_record", lambda row: read.append(row.number) or real(row))
+    publisher, cost = Publisher(ctx), []
+    for number in range(1, 31):
+        ctx.trainer.make(number)
+        read.clear()
+        await publisher.round()
+        await publisher.round()
+        cost.append(len(read))
+    assert states(ctx)[30] == "serving"
+    assert cost[29] == cost[4]
+
+
 async def test_when_several_versions_wait_only_the_newest_is_loaded(ctx: Context) -> None:
     for number in range(1, 6):
         ctx.trainer.make(number)
