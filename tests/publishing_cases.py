@@ -25,6 +25,24 @@ class Killed(BaseException):
     """kill -9, as seen from inside."""
 
 
+def version_body(number: int, agent: str = "ada", parent: int = 0, cursor: int | None = None) -> VersionBody:
+    """A version as the trainer lists it."""
+    return VersionBody(
+        agent=agent,
+        number=number,
+        base_model="m",
+        parent=parent,
+        trace_ids=[f"t{number}"],
+        step=number,
+        metrics={},
+        sha256="0" * 64,
+        libraries={},
+        path=f"/versions/{agent}/{number}",
+        created_at=float(number),
+        cursor=number if cursor is None else cursor,
+    )
+
+
 @dataclass
 class Trainer:
     """Answers as the trainer's routes do; ``kill_at`` dies before or after the n-th call."""
@@ -65,22 +83,7 @@ class Trainer:
 
     def make(self, number: int, agent: str = "ada", parent: int | None = None) -> None:
         parent = number - 1 if parent is None else parent
-        self.made.append(
-            VersionBody(
-                agent=agent,
-                number=number,
-                base_model="m",
-                parent=parent,
-                trace_ids=[],
-                step=number,
-                metrics={},
-                sha256="0" * 64,
-                libraries={},
-                path=f"/v/{agent}/{number}",
-                created_at=float(number),
-                cursor=len(self.made) + 1,
-            )
-        )
+        self.made.append(version_body(number, agent, parent, len(self.made) + 1))
 
 
 def unasked(request: httpx.Request) -> httpx.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,18 +19,16 @@ T = TypeVar("T")
 USER = "metaclaw"  # LiteLLM's user that the keys of unclaimed agents belong to: an owner's keys all act for its agents
 
 
-def make_key(settings: Settings, engine: Engine, agents: Sequence[str], config: Path | None) -> NewKey:
-    """A key that acts for ``agents``, the first by default, of the kind that the gateway of ``config`` takes.
+def make_key(settings: Settings, engine: Engine, agents: Sequence[str]) -> NewKey:
+    """A key that acts for ``agents``, the first by default; ask ``check_keys`` before whether one would be taken.
 
     Raises:
-        ConfigError: if LiteLLM would refuse a key of ours, and we may not ask it for one of its own.
         UnknownAgentError: if one of ``agents`` is not there.
         ForbiddenAgentError: if LiteLLM has the keys, and an agent belongs to somebody who cannot share this one.
         LitellmAdminError: if LiteLLM does not make it.
     """
     from metaclaw_plugin.store.agents import new_key
 
-    check_keys(settings, config)
     if settings.gateway.admin_key:
         return _make_virtual_key(settings, engine, agents)
     with engine.begin() as c:
@@ -39,7 +36,7 @@ def make_key(settings: Settings, engine: Engine, agents: Sequence[str], config: 
 
 
 def check_keys(settings: Settings, config: Path | None) -> None:
-    """Raise a ConfigError if no key that ``make_key`` could make would be taken."""
+    """Raise a ConfigError if LiteLLM would refuse what ``make_key`` makes, and we may not ask it for one of its own."""
     from metaclaw_plugin.doctor.configuration import AUTH, litellm_has_the_keys
     from metaclaw_plugin.errors import ConfigError
     from metaclaw_plugin.settings import find_config, read_config
@@ -94,13 +91,13 @@ def agents_behind(settings: Settings, engine: Engine, secret: str) -> tuple[str,
         LitellmAdminError: if LiteLLM has the keys and does not answer.
     """
     from metaclaw_plugin.gateway.identity import KeyFacts, named_agents
-    from metaclaw_plugin.store.agents import agents_of_key
+    from metaclaw_plugin.store.agents import agents_of_key, hash_key
 
     if not settings.gateway.admin_key:
         with engine.connect() as c:
             found = agents_of_key(c, secret)
         return () if found is None else found.agents
-    token = hashlib.sha256(secret.encode()).hexdigest()  # as LiteLLM keeps it
+    token = hash_key(secret)  # LiteLLM keeps the same
     keys = _asked(settings, lambda admin: admin.virtual_keys())
     return tuple(
         name

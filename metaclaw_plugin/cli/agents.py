@@ -44,7 +44,7 @@ def add(
     check_keys(settings, config)
     with engine.begin() as c:
         add_agent(c, name, chosen)
-    _print_key(settings, make_key(settings, engine, [name], config), name, as_json)
+    _print_key(settings, make_key(settings, engine, [name]), name, as_json)
 
 
 @app.command("list")
@@ -135,7 +135,8 @@ def keys(
 
     settings, engine = _open(config)
     if new:
-        _print_key(settings, make_key(settings, engine, [name, *(also or [])], config), name, as_json)
+        check_keys(settings, config)
+        _print_key(settings, make_key(settings, engine, [name, *(also or [])]), name, as_json)
         return
     if revoke is not None:
         with engine.begin() as c:

@@ -55,7 +55,7 @@ def openclaw(
         _undo(settings, path, current, dry_run)
         return
     check_keys(settings, config)
-    connections = _connections(settings, config, current, agent or claw.agents_in(current), context_window, dry_run)
+    connections = _connections(settings, current, agent or claw.agents_in(current), context_window, dry_run)
     new, changes = claw.connect(current, connections, extension)
     if print_it:
         typer.echo(json.dumps(new, indent=2))
@@ -96,12 +96,7 @@ def gateway_url(settings: Settings) -> str:
 
 
 def _connections(
-    settings: Settings,
-    config: Path | None,
-    current: dict[str, Any],
-    agents: list[str],
-    context: int | None,
-    dry_run: bool,
+    settings: Settings, current: dict[str, Any], agents: list[str], context: int | None, dry_run: bool
 ) -> list[Connection]:
     from metaclaw_hooks.names import slug
 
@@ -123,12 +118,12 @@ def _connections(
         return [Connection(name, url, key_in(current, name) or DRY_KEY, window, tokens) for name in agents]
     engine = open_store(settings.store_url)
     try:
-        return [Connection(name, url, _key(settings, engine, config, current, name), window, tokens) for name in agents]
+        return [Connection(name, url, _key(settings, engine, current, name), window, tokens) for name in agents]
     finally:
         engine.dispose()
 
 
-def _key(settings: Settings, engine: Engine, config: Path | None, current: dict[str, Any], agent: str) -> str:
+def _key(settings: Settings, engine: Engine, current: dict[str, Any], agent: str) -> str:
     """The key that OpenClaw has for ``agent``, if it is still good; else a new one, and the agent if it is new."""
     from metaclaw_plugin.clients.openclaw import key_in
     from metaclaw_plugin.errors import AgentExistsError
@@ -139,7 +134,7 @@ def _key(settings: Settings, engine: Engine, config: Path | None, current: dict[
         return present
     with suppress(AgentExistsError), engine.begin() as c:
         add_agent(c, agent)
-    return make_key(settings, engine, [agent], config).secret
+    return make_key(settings, engine, [agent]).secret
 
 
 def _served_context(settings: Settings) -> int:

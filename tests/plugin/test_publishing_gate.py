@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from metaclaw_hooks.types import AdapterVersion
-from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import SamplerUnavailableError
 from metaclaw_plugin.settings import PublishSettings, Settings
@@ -30,6 +29,7 @@ from metaclaw_plugin.worker.verdicts import (
     paired_difference,
     student_quantile,
 )
+from tests.publishing_cases import Context as PublishingContext
 from tests.publishing_cases import Plugins, Trainer, route, states, unasked
 
 GOOD = Evaluation(
@@ -135,12 +135,7 @@ class ScriptedJudge:
 
 
 @dataclass
-class Context:
-    settings: Settings
-    engine: Engine
-    trainer: Trainer
-    plugins: Plugins
-    http: httpx.AsyncClient
+class Context(PublishingContext):
     judge: ScriptedJudge
 
 

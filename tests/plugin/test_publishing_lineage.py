@@ -13,7 +13,7 @@ from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.lineage import learned_from_deleted, retrain_without_deleted
 from metaclaw_plugin.store.schema import recalls
-from tests.plugin.test_routing_pick import body
+from tests.publishing_cases import version_body
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def engine(tmp_path: Path) -> Engine:
     engine = open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}")
     with engine.begin() as c:
         for number in (1, 2, 3, 4):
-            store.record_candidate(c, body(number, parent=number - 1))
+            store.record_candidate(c, version_body(number, parent=number - 1))
             if number < 4:
                 store.set_state(c, "ada", number, VersionState.SERVING, {"accepted": True, "sentence": "good"})
                 store.set_route(c, "ada", number)

@@ -14,7 +14,7 @@ from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.facts import set_fact
 from metaclaw_plugin.store.traces import insert_traces
 from metaclaw_plugin.worker.modes import WINDOWS_FACT
-from tests.plugin.test_routing_pick import body
+from tests.publishing_cases import version_body
 from tests.store_cases import a_trace
 
 
@@ -23,7 +23,7 @@ def test_a_version_that_cannot_be_loaded_and_a_window_that_is_shut_are_told(tmp_
     with open_store(url).begin() as c:
         add_agent(c, "alpha", Mode.AUTO)
         insert_traces(c, [a_trace()])
-        store.record_candidate(c, body(1, "alpha"))
+        store.record_candidate(c, version_body(1, "alpha"))
         store.update_version(c, "alpha", 1, problem="no such folder")
         set_fact(c, WINDOWS_FACT, {"alpha": {"open": False, "reason": "outside the windows of mode auto"}})
     view = read_store(url)

@@ -18,7 +18,8 @@ from metaclaw_plugin.gateway.routing import InFlight, Route
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import in_flight
-from tests.plugin.test_routing_pick import body, serve
+from tests.plugin.test_routing_pick import serve
+from tests.publishing_cases import version_body
 
 
 @dataclass
@@ -146,7 +147,7 @@ async def test_law_4_no_other_agents_version_ever_stands_in(
 ) -> None:
     CURRENT.set(current)
     with engine.begin() as c:
-        store.record_candidate(c, body(9, "bob"))
+        store.record_candidate(c, version_body(9, "bob"))
         store.set_state(c, "bob", 9, VersionState.SERVING)
     upstream.held, upstream.broken = {"bob@v9"}, {"ada@v1", "ada@v2"}
     assert (await ask(client, "ada@v2")).json() == {"model": "metaclaw-base"}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import pytest
 import sqlalchemy as sa
 from metaclaw_hooks.types import Kind, VersionState
-from metaclaw_hooks.wire import VersionBody
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
@@ -18,6 +17,7 @@ from metaclaw_plugin.gateway.routing import InFlight, pick_route
 from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store import draining
 from metaclaw_plugin.store.schema import in_flight, sessions
+from tests.publishing_cases import version_body
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,8 @@ def engine(store: Engine) -> Engine:
     return store
 
 
-def body(number: int, agent: str = "ada", parent: int = 0) -> VersionBody:
-    return VersionBody(
-        agent=agent,
-        number=number,
-        base_model="m",
-        parent=parent,
-        trace_ids=[f"t{number}"],
-        step=number,
-        metrics={},
-        sha256="0" * 64,
-        libraries={},
-        path=f"/versions/{agent}/{number}",
-        created_at=float(number),
-        cursor=number,
-    )
-
-
 def serve(c: sa.Connection, number: int, agent: str = "ada") -> None:
-    versions.record_candidate(c, body(number, agent))
+    versions.record_candidate(c, version_body(number, agent))
     versions.set_state(c, agent, number, VersionState.SERVING)
     versions.set_route(c, agent, number)
 
@@ -138,8 +121,8 @@ def test_side_requests_take_the_route_whatever_the_session_is_pinned_to(engine: 
 
 def test_only_a_serving_version_takes_the_route_and_only_legal_moves_are_made(engine: Engine) -> None:
     with engine.begin() as c:
-        assert versions.record_candidate(c, body(1))
-        assert not versions.record_candidate(c, body(1))
+        assert versions.record_candidate(c, version_body(1))
+        assert not versions.record_candidate(c, version_body(1))
         with pytest.raises(VersionStateError, match="only a serving version"):
             versions.set_route(c, "ada", 1)
         with pytest.raises(UnknownVersionError, match="no adapter version 9"):
@@ -155,7 +138,7 @@ def test_the_served_set_holds_serving_versions_and_only_candidates_in_question(e
         serve(c, 1)
         serve(c, 2)
         for number in (3, 4, 5):
-            versions.record_candidate(c, body(number))
+            versions.record_candidate(c, version_body(number))
         versions.update_version(c, "ada", 3, wish=versions.WISH_SERVE)
         assert versions.served_set(c) == ["ada@v1", "ada@v2", "ada@v3", "ada@v5"]
 
