@@ -1,6 +1,6 @@
 """What sessions cost: memory over 10,000 of them, and the time of the store's part of one request.
 
-    python benchmarks/sessions.py [--sessions 10000] [--url sqlite:///... | postgresql://...]
+    python -m benchmarks.sessions [--sessions 10000] [--url sqlite:///... | postgresql://...]
 
 Each session has two turns that only the conversation itself tells apart: resolve, store the trace, extend the chain, as
 a gateway process does it. Memory is the process's resident set after a collection. Writes
@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,17 +21,14 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from metaclaw_plugin.gateway import sessions  # noqa: E402
-from metaclaw_plugin.gateway.sessions import RequestEvidence  # noqa: E402
-from metaclaw_plugin.settings import Settings  # noqa: E402
-from metaclaw_plugin.store.agents import add_agent  # noqa: E402
-from metaclaw_plugin.store.codec import encode_trace  # noqa: E402
-from metaclaw_plugin.store.engine import open_store  # noqa: E402
-from metaclaw_plugin.store.traces import insert_traces  # noqa: E402
-from tests.store_cases import TRACE  # noqa: E402
+from metaclaw_plugin.gateway import sessions
+from metaclaw_plugin.gateway.sessions import RequestEvidence
+from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.store.agents import add_agent
+from metaclaw_plugin.store.codec import encode_trace
+from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.store.traces import insert_traces
+from tests.store_cases import TRACE
 
 TURNS = 2
 PROMPT = tuple(range(500))
@@ -47,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = run(given.url or f"sqlite:///{folder}/metaclaw.db", given.sessions)
-    target = ROOT / "runs" / "benchmarks" / "sessions.json"
+    target = Path(__file__).resolve().parents[1] / "runs" / "benchmarks" / "sessions.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("| sessions | resident set, MB | resolve, ms (p50) | store and extend, ms (p50) |")

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -28,17 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from metaclaw_hooks.types import Message, Trace
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from metaclaw_plugin.worker.forwarding import Forwarder
+from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
-from hook_nouns import make_trace  # noqa: E402
-from metaclaw_hooks.types import Message, Trace  # noqa: E402
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook  # noqa: E402
-
-from metaclaw_plugin.worker.forwarding import Forwarder  # noqa: E402
-from metaclaw_plugin.worker.scoring import Scorer  # noqa: E402
-
+REPORT = Path(__file__).resolve().parents[1] / "runs" / "benchmarks" / "worker.json"
 PROMPT, RESPONSE = 400, 80  # tokens of a first turn
 JUDGE_SECONDS = 0.2
 ROUNDS = 12  # of judge calls, one after the other at perfect overlap
@@ -50,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "benchmarks" / "worker.json")
+    parser.add_argument("--json", type=Path, default=REPORT)
     given = parser.parse_args()
     found = {
         "machine": f"{os.cpu_count()}-core {os.uname().machine}, no GPU",

@@ -1,4 +1,4 @@
-"""The pictures in docs/images, taken of a home that a real run left: ``python scripts/screenshots.py [HOME]``.
+"""The pictures in docs/images, taken of a home that a real run left: ``python -m scripts.screenshots [HOME]``.
 
 ``make demo`` leaves one in runs/demo/home. It is copied first, so nothing in it changes. A Chromium must be installed,
 and Node for those of LiteLLM's admin UI (tests/litellm_db); ``--without-litellm`` leaves these out.
@@ -23,13 +23,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.recent import newest_traces
+from tests import admin_ui
+from tests.litellm_db.database_mode import build
+from tests.vllm_server import pick_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tests import admin_ui  # noqa: E402
-from tests.litellm_db.database_mode import build  # noqa: E402
-from tests.vllm_server import pick_free_port  # noqa: E402
-
 TARGET = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, TALLEST = 1100, 1500  # pixels

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # demo/ is no installed package
+from demo.models import model_path
+from tests.vllm_server import VllmProcess, pick_free_port, start_vllm, stop_group, wait_until_ready
+
 # A shell without job control starts background commands with Ctrl-C ignored, and so would every child of ours be.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-from vllm_server import VllmProcess, pick_free_port, start_vllm, stop_group, wait_until_ready  # noqa: E402
-
-from demo.models import model_path  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from metaclaw_hooks.types import Kind
+import sqlalchemy as sa
+from metaclaw_hooks.types import Kind, VersionState
 from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
 from sqlalchemy.engine import Engine
 
@@ -125,8 +126,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Turn:
-    session: str = "s"
-    kind: Kind = Kind.SIDE
+    session: str = "s1"
+    kind: Kind = Kind.MAIN
     new_exchange: bool = True
     adapter_version: int | None = None
 
@@ -160,3 +161,9 @@ async def published(ctx: Context, *numbers: int) -> Publisher:
         ctx.trainer.make(number)
         await publisher.round()
     return publisher
+
+
+def serve(c: sa.Connection, number: int, agent: str = "ada") -> None:
+    store.record_candidate(c, version_body(number, agent))
+    store.set_state(c, agent, number, VersionState.SERVING)
+    store.set_route(c, agent, number)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.sessions import RequestEvidence, Turn
 from metaclaw_plugin.settings import Settings
+from metaclaw_plugin.store import schema
 
 SETTINGS = Settings(sessions={"held_out_one_in": 0, "idle_timeout": 100})  # type: ignore[arg-type]
 INTERNAL = {"role": "user", "content": [{"type": "text", "text": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnone"}]}
@@ -41,3 +44,19 @@ def ask(
 def answer(store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None) -> None:
     with store.begin() as c:
         sessions.settle(c, turn, answers, now, pin)
+
+
+def add_session(c: sa.Connection, name: str = "s1", agent: str = "ada") -> None:
+    now = time.time()
+    c.execute(
+        schema.sessions.insert().values(
+            id=name,
+            agent=agent,
+            evidence="x-session-id",
+            evidence_key=name,
+            started_at=now,
+            last_at=now,
+            held_out=False,
+            without_skills=[],
+        )
+    )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.source import parsed
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "metaclaw_hooks": ROOT / "hooks" / "metaclaw_hooks",
@@ -31,16 +33,6 @@ LITELLM_KNOWN_TO = {
 }
 IN_VLLM = {"metaclaw_plugin.vllm_repair", "metaclaw_plugin.vllm_lora"}  # run in vLLM's processes
 TRAINER_ONLY = {"torch", "peft", "transformers", "safetensors", "accelerate"}
-
-
-def parsed(*arguments: str) -> ast.Module:
-    """``ast.parse``, again when another thread parsed meanwhile: CPython 3.11 mixes up their depths (gh-106905)."""
-    for _ in range(5):
-        try:
-            return ast.parse(*arguments)
-        except SystemError:
-            continue
-    return ast.parse(*arguments)
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,19 @@ def test_plugin_and_trainer_know_the_contract_and_never_each_other() -> None:
         "metaclaw_trainer": {"metaclaw_trainer", "metaclaw_hooks"},
     }
     assert _told(i for i in imports() if i.top in ours and i.top not in allowed[i.package]) == []
+
+
+def test_no_file_of_tests_is_built_on_another() -> None:
+    """What two of them need lives in a module of its own, so that a test can be moved without asking who else did."""
+    files = [file for folder in ("tests", "benchmarks", "demo") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno} imports from {node.module}"
+        for file in files
+        for node in ast.walk(parsed(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1].startswith("test_")
+    ]
+    assert found == []
 
 
 def test_litellm_is_known_to_the_callback_and_its_neighbours_alone() -> None:

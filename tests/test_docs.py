@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from hook_nouns import make_trace
 from metaclaw_hooks.plugins import create_plugin_manager
 from pydantic import BaseModel
 
 from metaclaw_plugin.cli.main import COMMANDS, app
 from metaclaw_plugin.clients.openclaw import Connection, connect
 from metaclaw_plugin.settings import Settings
-from tests.test_architecture import parsed
+from tests.hook_nouns import make_trace
+from tests.source import parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

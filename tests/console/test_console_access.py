@@ -19,6 +19,7 @@ from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import leases
 from tests.console.conftest import KEY, ORIGIN, SALT, Browser
+from tests.console.visitors import claim, show
 
 PAGES = ("/", "/agents/alpha", "/agents/alpha/curves", "/agents/alpha/conversations", "/sessions/ses-0", "/skills")
 MORE = (
@@ -29,17 +30,6 @@ MORE = (
     "/traces/tr-0/tokens",
     "/traces/tr-0/messages/0",
 )
-
-
-def claim(age: float = 0.0, salt: str = SALT, plugin: str = "metaclaw", **changes: Any) -> str:
-    """A claim as LiteLLM makes it, ``age`` seconds ago."""
-    now = int(time.time() - age)
-    told = {"plugin": "metaclaw", "user_id": "ann", "user_role": "proxy_admin", "exp": now + 30} | changes
-    return Fernet(derived(salt, plugin)).encrypt_at_time(json.dumps(told).encode(), now).decode()
-
-
-def show(client: TestClient, text: str, **headers: str) -> Any:
-    return client.post("/api/plugin-auth", json={"session_claim": text}, headers={"origin": ORIGIN, **headers})
 
 
 @pytest.mark.parametrize("path", [*PAGES, *MORE])

@@ -17,8 +17,8 @@ from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.adapters import get_route, get_version
 from metaclaw_plugin.store.agents import get_record, set_settings
 from tests.console.conftest import ORIGIN, Browser
-from tests.console.test_console_access import claim, show
-from tests.plugin.test_routing_pick import serve
+from tests.console.visitors import claim, show
+from tests.publishing_cases import serve
 
 
 @pytest.fixture

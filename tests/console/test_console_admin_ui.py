@@ -42,7 +42,7 @@ from tests.admin_ui import (
 )
 from tests.chromium import running_chromium, watched
 from tests.litellm_db.database_mode import CannotBuildError, build
-from tests.plugin.test_routing_pick import body
+from tests.publishing_cases import version_body
 from tests.replay_upstream import ReplayUpstream
 
 pytestmark = pytest.mark.gateway
@@ -139,7 +139,7 @@ def fill(at: Installation) -> None:
     with at.engine.begin() as c:
         add_agent(c, AGENT, owner="user:ann")
         for number in (1, 2):
-            record_candidate(c, body(number, AGENT, parent=number - 1))
+            record_candidate(c, version_body(number, AGENT, parent=number - 1))
             decision = {"accepted": True, "sentence": f"v{number}: +0.12 on 40 prompts, serving"}
             set_state(c, AGENT, number, VersionState.SERVING, decision)
             set_route(c, AGENT, number)

@@ -28,9 +28,9 @@ from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.rewards import put_rewards
 from tests.chromium import PATIENCE, running_chromium, watched
 from tests.console.conftest import KEY, SALT, store_traces
-from tests.console.test_console_access import claim
-from tests.console.test_console_pages import hostile_trace
-from tests.plugin.test_routing_pick import serve
+from tests.console.hostile import hostile_trace
+from tests.console.visitors import claim
+from tests.publishing_cases import serve
 from tests.store_cases import a_trace
 
 PAGES = ("/", "/agents/alpha", "/agents/alpha/conversations", "/sessions/ses-0", "/sessions/ses-h", "/skills")

@@ -27,28 +27,11 @@ from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.adapters import record_candidate
 from metaclaw_plugin.store.rewards import put_rewards
 from tests.console.conftest import Browser, store_traces
-from tests.plugin.test_routing_pick import body, serve
+from tests.console.hostile import HOSTILE, hostile_trace
+from tests.publishing_cases import serve, version_body
 from tests.store_cases import a_trace
 
 PAGES = ("/", "/agents/alpha", "/agents/alpha/conversations", "/sessions/ses-0", "/skills", "/skills/alpha", "/health")
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "\"'><svg/onload=alert(1)>",
-    "</pre></main><iframe src=//evil.test></iframe>",
-    "{{ 7 * 7 }}{% raw %}",
-    "javascript:alert(1)",
-    "<!-- -->]]><style>*{display:none}</style>",
-    "<div hx-get='/sign-out' hx-trigger='load'>",
-    "<meta http-equiv=refresh content='0;url=//evil.test'>",
-    "a\u202eb\u2066c\u200bd\ufeffe\U000e0041f",
-    "\x00\x01\x08\x0b\x1b[31m\x7f\x9b",
-    "\ud800 half a pair",
-    f"{BLOCK_OPEN}<b>{BLOCK_CLOSE}",
-    f"{BLOCK_OPEN}never closed",
-    "مرحبا بالعالم \u05e9\u05dc\u05d5\u05dd",
-)
 
 
 class Seen(HTMLParser):
@@ -76,30 +59,6 @@ def assert_harmless(text: str) -> None:
             if name in ("href", "src", "action", "hx-get", "hx-post"):
                 assert re.match(r"[/#?]", value or ""), (tag, name, value)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\ufeff]", text.replace("\n", ""))
-
-
-def hostile_trace(**changes: Any) -> Any:
-    """A trace every free text of which is hostile."""
-    text = "\n".join(HOSTILE)
-    return a_trace(
-        id="tr-h",
-        session="ses-h",
-        messages=(
-            {"role": text[:80], "content": text},
-            {"role": "user", "content": [{"type": text, "text": text}, {"type": text[:30], "image_url": text}, text]},
-            {"role": "tool", "content": text, "tool_call_id": text},
-        ),
-        tools=({"type": "function", "function": {"name": text}}, {"name": text}, {"odd": True}),
-        response={
-            "role": "assistant",
-            "content": text,
-            "tool_calls": [{"function": {"name": text, "arguments": text}}],
-        },
-        reason=text.replace("\x00", "").replace("\ud800", "")[:400],
-        trainable=False,
-        model="<i>x</i>",
-        **changes,
-    )
 
 
 def test_nothing_that_was_said_acts_on_a_page(filled: House, admin: Browser) -> None:
@@ -246,7 +205,7 @@ def test_a_trainer_that_is_away_is_said_and_takes_no_page_away(filled: House, ad
 def test_a_version_says_what_it_was_trained_from(filled: House, admin: Browser) -> None:
     with filled.writing() as c:
         for number, parent in ((1, 0), (2, 1), (3, 1), (4, 3)):
-            record_candidate(c, body(number, "alpha", parent=parent))
+            record_candidate(c, version_body(number, "alpha", parent=parent))
     page = admin.get("/agents/alpha")
     assert re.findall(r"trained from</th><td>([^<]*)<", page) == ["v3, v1, base", "v1, base", "v1, base", "base"]
     assert lineage(40, {40: 39, 39: 38}) == [39, 38]  # as far as the page has them

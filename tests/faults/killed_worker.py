@@ -1,6 +1,6 @@
 """Kills worker and trainer with SIGKILL at random moments while traces come in, and counts what came through.
 
-    python tests/faults/killed_worker.py MODEL FOLDER [--kills 100] [--seed 7]
+    python -m tests.faults.killed_worker MODEL FOLDER [--kills 100] [--seed 7]
 
 Worker and trainer are the real ones, over real HTTP, with the tiny model; each is forked from this process, which has
 imported everything and computed nothing, so that a restart takes a moment. Prints one JSON object: kills of each,
@@ -16,27 +16,24 @@ import os
 import random
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import metaclaw_trainer.process as trainer_process
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from metaclaw_hooks.types import Trace
 from metaclaw_trainer import schema as trainer_schema
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import open_store as open_trainer_store
-from worker_stage import fill, worker_settings, write_hook
 
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.worker import loop as worker_loop
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, worker_settings, write_hook
 
 AGENTS = ("alpha", "beta")
 TURNS = 3

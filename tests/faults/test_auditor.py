@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from metaclaw_hooks.types import AdapterVersion, Sample, SampleTurn
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.store import Store
 from metaclaw_trainer.store import open_store as open_trainer_store
 from metaclaw_trainer.versions import StoredVersions
-from worker_stage import fill
 
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import schema
@@ -24,6 +22,8 @@ from tests.faults.auditor import audit_all, check_failures
 from tests.faults.clients import Asked
 from tests.faults.findings import Findings
 from tests.faults.upstream import BASE, EOS, answer_text, ids_of, prompt_ids
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill
 
 AGENT, NONCE, TRACE = "alpha", "1-0-1-0", "tr-1"
 MESSAGES = [{"role": "user", "content": f"nonce={NONCE} What goes on, {AGENT}?"}]

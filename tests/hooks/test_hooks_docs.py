@@ -95,8 +95,9 @@ def test_every_command_is_listed(command: str) -> None:
 
 
 def test_the_reward_in_the_docs_works(tmp_path: Path) -> None:
-    from hook_nouns import make_session, make_trace
     from metaclaw_hooks.plugins import create_plugin_manager
+
+    from tests.hook_nouns import make_session, make_trace
 
     code = re.search(r"```python\n(.*?)```", section("A reward in ten lines"), re.S)
     assert code is not None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_session, make_trace
 from metaclaw_hooks.plugins import Plugins, create_plugin_manager
 from metaclaw_hooks.types import AdapterVersion, Reward
+
+from tests.hook_nouns import make_session, make_trace
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "hooks" / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.py"))

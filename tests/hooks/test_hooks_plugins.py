@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_session, make_trace
 from metaclaw_hooks import Reward, hookimpl
 from metaclaw_hooks.errors import PluginLoadError, UnknownHookError
 from metaclaw_hooks.plugins import HOOKS, Plugins, create_plugin_manager
 from metaclaw_hooks.types import Session
+
+from tests.hook_nouns import make_session, make_trace
 
 
 def load(folder: Path | None = None, timeout: float = 5.0, **builtins: object) -> Plugins:

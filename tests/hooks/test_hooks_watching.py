@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from hook_nouns import make_session, make_trace
 from metaclaw_hooks.plugins import HookStats, Plugins, create_plugin_manager
 from metaclaw_hooks.watching import FolderWatch
+
+from tests.hook_nouns import make_session, make_trace
 
 Figures = Mapping[tuple[str, str], HookStats]
 

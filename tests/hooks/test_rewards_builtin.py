@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_trace
 from metaclaw_hooks.errors import HookFailedError, InvalidRewardError
 from metaclaw_hooks.rewards.feedback import feedback_reward
 from metaclaw_hooks.rewards.length import LengthReward
@@ -18,6 +17,8 @@ from metaclaw_hooks.rewards.next_turn import NextTurnReward
 from metaclaw_hooks.rewards.tool_outcome import ToolOutcomeReward
 from metaclaw_hooks.rewards.verifier import VerifierReward
 from metaclaw_hooks.types import Message, Reward, Trace
+
+from tests.hook_nouns import make_trace
 
 ASK: Message = {"role": "user", "content": "List the meetings of next week with their dates, please."}
 REPLY: Message = {"role": "assistant", "content": "Monday 3/4, Tuesday 3/5."}

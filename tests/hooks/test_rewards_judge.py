@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from hook_nouns import make_session, make_trace
 from metaclaw_hooks.errors import HookFailedError
 from metaclaw_hooks.plugins import create_plugin_manager
-from metaclaw_hooks.rewards import judge as module
 from metaclaw_hooks.rewards.judge import JudgeConfig, Judgement, JudgeReward, Spent, Verdict, judgement, read_verdict
 from metaclaw_hooks.types import Message, Reward, Trace
+
+from tests.hook_nouns import make_session, make_trace
 
 ASK: Message = {"role": "user", "content": "When is the meeting?"}
 REPLY: Message = {"role": "assistant", "content": "On 4/3."}
@@ -153,7 +153,7 @@ async def test_errors_and_429_are_tried_again_and_the_last_one_is_told(monkeypat
         pauses.append(seconds)
         await real_sleep(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", quick)
+    monkeypatch.setattr(asyncio, "sleep", quick)
     answers = iter([httpx.Response(429, headers={"retry-after": "7"}), httpx.Response(503), chat(says(1))])
     plugin, _, asked = judge(lambda _: next(answers), votes=1, retries=2)
     reward = await plugin.score_trace(FIRST, None)

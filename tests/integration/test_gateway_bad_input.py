@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.gateway_cases import ROUTES, ask, request_of
 from tests.gateway_server import GatewayServer, running_gateway
-from tests.integration.test_gateway_transparency import ROUTES, ask, request_of
 from tests.replay_upstream import ReplayUpstream, Script
 
 pytestmark = [pytest.mark.gateway, pytest.mark.law(9)]

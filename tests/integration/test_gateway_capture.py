@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
+from tests.gateway_cases import ROUTES, TOOL_CALL, ask, request_of, vllm_events, written
 from tests.gateway_server import GatewayServer
-from tests.integration.test_gateway_transparency import ROUTES, TOOL_CALL, ask, request_of, vllm_events, written
 from tests.replay_upstream import RECORDED, ReplayUpstream, Script
 
 pytestmark = pytest.mark.gateway

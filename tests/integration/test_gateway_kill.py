@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from metaclaw_plugin.gateway.identity import internal_key
+from tests.gateway_cases import ROUTES, request_of
 from tests.gateway_server import kill, running_gateway, start_gateway, stop
-from tests.integration.test_gateway_transparency import ROUTES, request_of
 from tests.postgres_server import create_database, running_postgres
 from tests.replay_upstream import ReplayUpstream, Script
 

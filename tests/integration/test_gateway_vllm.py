@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.gateway_cases import ROUTES, ask, same
 from tests.gateway_server import PLAIN_KEY, GatewayServer, running_gateway
-from tests.integration.test_gateway_transparency import ROUTES, ask, same
 from tests.record_vllm_replies import FORCED, TOOL
 from tests.replay_upstream import RECORDED, ReplayUpstream, Script
 from tests.tee import Exchange, Tee

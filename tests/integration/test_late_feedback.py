@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_trace
 from metaclaw_trainer.settings import TrainerSettings
-from trainer_server import serving
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store.rewards import add_feedback
 from metaclaw_plugin.worker.context import WorkerContext
@@ -18,6 +15,9 @@ from metaclaw_plugin.worker.corrections import correction_round
 from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder, Tracker
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.trainer_server import serving
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 
 def settings_of(model: Path, home: Path) -> TrainerSettings:

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from typer.testing import CliRunner
-from worker_stage import worker_context, worker_settings
 
 from metaclaw_plugin.cli.main import app
 from metaclaw_plugin.errors import ForbiddenAgentError, LitellmAdminError
@@ -21,6 +20,7 @@ from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.worker.listing import Lister
 from metaclaw_plugin.worker.tasks import tasks_for
 from tests.gateway_server import PLAIN_KEY
+from tests.worker_stage import worker_context, worker_settings
 
 pytestmark = pytest.mark.law(5)
 

@@ -12,8 +12,9 @@ import pytest
 from metaclaw_trainer.batching import datum_of_lists
 from metaclaw_trainer.settings import TrainerSettings
 from openai import OpenAI
-from trainer_server import TrainerServer, serving
-from vllm_server import VllmProcess
+
+from tests.trainer_server import TrainerServer, serving
+from tests.vllm_server import VllmProcess
 
 pytestmark = pytest.mark.vllm
 

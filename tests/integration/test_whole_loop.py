@@ -17,7 +17,8 @@ import httpx
 import openai
 import pytest
 import yaml
-from vllm_server import VllmProcess, pick_free_port
+
+from tests.vllm_server import VllmProcess, pick_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 METACLAW = [sys.executable, "-m", "metaclaw_plugin.cli.main"]

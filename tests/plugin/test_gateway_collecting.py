@@ -6,13 +6,13 @@ import asyncio
 import gc
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
-from metaclaw_plugin.gateway import collecting
 from metaclaw_plugin.gateway.collecting import Collector
 
 
@@ -48,7 +48,7 @@ async def test_garbage_goes_though_the_interpreter_collects_none() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     held = [1000.0]
-    monkeypatch.setattr(collecting.time, "monotonic", lambda: held[0])
+    monkeypatch.setattr(time, "monotonic", lambda: held[0])
     return held
 
 
@@ -69,12 +69,12 @@ def test_the_oldest_generation_that_is_due_is_collected(
     generation: int | None,
 ) -> None:
     collected: list[int] = []
-    monkeypatch.setattr(collecting.gc, "get_count", lambda: (701, 0, 0))
-    monkeypatch.setattr(collecting.gc, "get_threshold", lambda: (700, 10, 10))
-    monkeypatch.setattr(collecting.gc, "collect", collected.append)
+    monkeypatch.setattr(gc, "get_count", lambda: (701, 0, 0))
+    monkeypatch.setattr(gc, "get_threshold", lambda: (700, 10, 10))
+    monkeypatch.setattr(gc, "collect", collected.append)
     collector = Collector()
     assert collector.collect_if_due() == 2
-    monkeypatch.setattr(collecting.gc, "get_count", lambda: counts)
+    monkeypatch.setattr(gc, "get_count", lambda: counts)
     clock[0] += since_full
     assert collector.collect_if_due() == generation
     assert collected == ([2] if generation is None else [2, generation])
@@ -87,8 +87,8 @@ def test_rounds_through_everything_take_a_twentieth_of_the_time_unless_garbage_w
     def collect(generation: int) -> None:
         clock[0] += took if generation == 2 else 0.0
 
-    monkeypatch.setattr(collecting.gc, "get_count", lambda: (701, 0, 0))
-    monkeypatch.setattr(collecting.gc, "collect", collect)
+    monkeypatch.setattr(gc, "get_count", lambda: (701, 0, 0))
+    monkeypatch.setattr(gc, "collect", collect)
     collector = Collector()
     assert collector.collect_if_due() == 2
     clock[0] += pause - 0.01

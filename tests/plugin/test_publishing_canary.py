@@ -18,8 +18,8 @@ from metaclaw_plugin.store.traces import insert_traces
 from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.worker.canary import welch_difference
 from metaclaw_plugin.worker.publishing import Publisher
-from tests.plugin.test_routing_pick import Turn, add_session
-from tests.publishing_cases import Context, context, published, route, states
+from tests.publishing_cases import Context, Turn, context, published, route, states
+from tests.session_cases import add_session
 from tests.store_cases import a_trace
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from metaclaw_hooks.types import Kind
 
 from metaclaw_plugin.errors import TrainerUnavailableError
 from metaclaw_plugin.gateway.routing import InFlight, pick_route
@@ -39,12 +40,12 @@ async def test_law_5_publishing_waits_for_requests_and_no_request_waits_for_it(c
     ctx.trainer.make(1)
     await publisher.round()
     with ctx.engine.begin() as c:
-        ticket = flights.begin(c, "ada", pick_route(c, "ada", Turn()).adapter_version)
+        ticket = flights.begin(c, "ada", pick_route(c, "ada", Turn(kind=Kind.SIDE)).adapter_version)
     ctx.trainer.make(2)
     await publisher.round()
     await publisher.round()
     with ctx.engine.begin() as c:
-        assert pick_route(c, "ada", Turn()).adapter_version == 2
+        assert pick_route(c, "ada", Turn(kind=Kind.SIDE)).adapter_version == 2
     assert ctx.trainer.held == ["ada@v1", "ada@v2"]
     flights.end(ticket)
     flights.flush()

@@ -25,7 +25,7 @@ from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import adapters, recalls
-from tests.plugin.test_routing_pick import serve
+from tests.publishing_cases import serve
 
 ADA = {"authorization": "ada"}
 BOB = {"authorization": "bob"}

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_nouns import make_trace
 from metaclaw_hooks.rewards.judge import Judgement, Spent
 from metaclaw_hooks.wire import HookFigures, HooksReply
 from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.cli.hooks import app as hooks
 from metaclaw_plugin.cli.rewards import app as rewards
@@ -25,6 +23,8 @@ from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.judge_book import StoreJudgeBook
 from metaclaw_plugin.worker.scoring import Scorer, store_hook_counters
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 
 @pytest.fixture

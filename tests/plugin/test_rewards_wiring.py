@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_session, make_trace
 from metaclaw_hooks.types import Kind, Message, Reward
-from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.store import rewards as store
@@ -22,6 +20,8 @@ from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.policy import Wait, plan_rewards
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_session, make_trace
+from tests.worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 ASK: Message = {"role": "user", "content": "When is the meeting?"}
 REPLY: Message = {"role": "assistant", "content": "On 4/3."}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.answer import ADAPTER_HEADER, TRACE_HEADER
@@ -37,7 +38,7 @@ def test_headers_are_documented() -> None:
 
 
 def test_evidence_is_documented_in_the_order_in_which_it_is_taken() -> None:
-    everything = {
+    everything: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         "x-session-id": ({"x-session-id": "1"}, {}),
         "x-litellm-session-id": ({"x-litellm-session-id": "1"}, {}),
         "affinity": ({"x-session-affinity": "1"}, {}),

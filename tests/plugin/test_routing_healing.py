@@ -18,8 +18,7 @@ from metaclaw_plugin.gateway.routing import InFlight, Route
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import in_flight
-from tests.plugin.test_routing_pick import serve
-from tests.publishing_cases import version_body
+from tests.publishing_cases import serve, version_body
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -17,43 +17,14 @@ from metaclaw_plugin.gateway.routing import InFlight, pick_route
 from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store import draining
 from metaclaw_plugin.store.schema import in_flight, sessions
-from tests.publishing_cases import version_body
-
-
-@dataclass(frozen=True)
-class Turn:
-    session: str = "s1"
-    kind: Kind = Kind.MAIN
-    new_exchange: bool = True
-    adapter_version: int | None = None
+from tests.publishing_cases import Turn, serve, version_body
+from tests.session_cases import add_session
 
 
 @pytest.fixture
 def engine(store: Engine) -> Engine:
     """SQLite and PostgreSQL in turn."""
     return store
-
-
-def serve(c: sa.Connection, number: int, agent: str = "ada") -> None:
-    versions.record_candidate(c, version_body(number, agent))
-    versions.set_state(c, agent, number, VersionState.SERVING)
-    versions.set_route(c, agent, number)
-
-
-def add_session(c: sa.Connection, name: str = "s1", agent: str = "ada") -> None:
-    now = time.time()
-    c.execute(
-        sessions.insert().values(
-            id=name,
-            agent=agent,
-            evidence="x-session-id",
-            evidence_key=name,
-            started_at=now,
-            last_at=now,
-            held_out=False,
-            without_skills=[],
-        )
-    )
 
 
 def pin(c: sa.Connection, version: int | None) -> None:

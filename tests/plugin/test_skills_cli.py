@@ -18,7 +18,7 @@ from metaclaw_plugin.skills.edits import Change
 from metaclaw_plugin.skills.skill_file import render_skill
 from metaclaw_plugin.store.agents import add_agent, get_record
 from metaclaw_plugin.store.engine import open_store
-from tests.plugin.test_skills_library import put
+from tests.skill_cases import put
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.query import Query
 from metaclaw_plugin.skills.retrieval import LEXICAL_THRESHOLD, Retriever
 from metaclaw_plugin.skills.skill_file import SHARED
-from tests.plugin.test_skills_library import put
+from tests.skill_cases import put
 
 WORDS = {"[UNK]": (0.0, 0.0), "car": (1.0, 0.0), "automobile": (0.95, 0.1), "bread": (0.0, 1.0), "loaf": (0.1, 0.95)}
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
-from metaclaw_hooks.types import Agent, Kind, Mode, Trace
+from metaclaw_hooks.types import Agent, Kind, Mode
 
-from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.editing import SkillFolder
 from metaclaw_plugin.skills.evolution import accept_proposal
 from metaclaw_plugin.skills.library import Library
@@ -23,15 +18,14 @@ from metaclaw_plugin.skills.skill_file import SHARED
 from metaclaw_plugin.skills.support import is_due, pending, reserve_support, rounds
 from metaclaw_plugin.skills.upkeep import SkillKeeper
 from metaclaw_plugin.store import schema
-from metaclaw_plugin.store.agents import get_record, remove_agent
+from metaclaw_plugin.store.agents import remove_agent
 from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.deletion import delete_all
 from metaclaw_plugin.store.forwarding import mark_merged, mergeable
 from metaclaw_plugin.store.traces import TraceFilter
 from metaclaw_plugin.worker.context import WorkerContext
-from tests.plugin.test_skills_library import put
-from tests.store_cases import a_trace
-from tests.worker_stage import fill, worker_context, worker_settings
+from tests.skill_cases import Evolver, Reply, evolving, generation, put, says, stage, talk
+from tests.worker_stage import fill, worker_context
 
 ALPHA = Agent("alpha", Mode.SKILLS_ONLY)
 LESSON = {
@@ -42,57 +36,6 @@ LESSON = {
     "body": "1. Give metric units first.\n2. Put imperial units in brackets.",
     "reason": "the user had to ask twice",
 }
-Reply = Callable[[httpx.Request], httpx.Response]
-
-
-def says(edits: Any) -> Reply:
-    content = edits if isinstance(edits, str) else json.dumps({"edits": edits})
-    body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-    return lambda _: httpx.Response(200, json=body)
-
-
-class Evolver:
-    """The model at the other end: it keeps what it was asked."""
-
-    def __init__(self, reply: Reply) -> None:
-        self.reply = reply
-        self.asked: list[dict[str, Any]] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        assert request.url == "http://evolver.test/v1/chat/completions"
-        assert request.headers["authorization"] == "Bearer k"
-        self.asked.append(json.loads(request.content))
-        return self.reply(request)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(message["content"] for body in self.asked for message in body["messages"])
-
-
-def evolving(home: Path, **evolution: Any) -> Settings:
-    values = {"model": "writer", "url": "http://evolver.test/v1", "api_key": "k", "min_failures": 1} | evolution
-    return worker_settings(home, mode="skills_only", skills={"starter": False, "evolution": values})
-
-
-@contextmanager
-def stage(home: Path, evolver: Evolver, **evolution: Any) -> Iterator[WorkerContext]:
-    with worker_context(evolving(home, **evolution), httpx.MockTransport(evolver)) as ctx:
-        yield ctx
-
-
-def talk(number: int, agent: str = "alpha", session: str = "ses-0", turn: int | None = None, **changes: Any) -> Trace:
-    turn = number if turn is None else turn
-    values: dict[str, Any] = {
-        "id": f"tr-{number}",
-        "agent": agent,
-        "session": session,
-        "turn": turn,
-        "exchange": turn,
-        "skills": (),
-        "messages": ({"role": "user", "content": f"how long is the river number {number} of {agent}"},),
-        "response": {"role": "assistant", "content": f"about {number} miles"},
-    }
-    return a_trace(**(values | changes))
 
 
 def scored(ctx: WorkerContext, **reward_of: float | None) -> None:
@@ -111,11 +54,6 @@ def purposes(ctx: WorkerContext) -> dict[str, str]:
 def own_skills(ctx: WorkerContext, agent: str = "alpha") -> dict[str, str]:
     found = Library(ctx.settings.skills_path).skills_of(agent)
     return {name: skill.body for name, skill in found.items()}
-
-
-def generation(ctx: WorkerContext, agent: str = "alpha") -> int:
-    with ctx.engine.connect() as c:
-        return get_record(c, agent).skill_generation
 
 
 def once(ctx: WorkerContext) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.skills.injection import Injection, is_withheld, plan_injection
 from metaclaw_plugin.skills.query import BLOCK_OPEN
-from metaclaw_plugin.skills.skill_file import SHARED, Skill, parse_skill, render_skill
+from metaclaw_plugin.skills.skill_file import Skill
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import skill_exposures
+from tests.skill_cases import FakeTurn, skill
 
 ALPHA = Agent("alpha", Mode.RL, skill_generation=3)
 INTERNAL = {
@@ -28,22 +28,9 @@ INTERNAL = {
 }
 
 
-@dataclass(frozen=True)
-class FakeTurn:
-    session: str = "s1"
-    kind: Kind = Kind.MAIN
-    turn: int = 1
-    exchange: int = 0
-    new_exchange: bool = True
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Engine:
     return open_store(f"sqlite:///{tmp_path / 'store.db'}")
-
-
-def skill(name: str, body: str = "Do it.") -> Skill:
-    return parse_skill(render_skill(name, "When asked.", body), name, SHARED)
 
 
 def plan(

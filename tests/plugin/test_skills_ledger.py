@@ -17,8 +17,7 @@ from metaclaw_plugin.skills.skill_file import render_skill, write_atomic
 from metaclaw_plugin.skills.upkeep import SkillKeeper
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.worker.context import WorkerContext
-from tests.plugin.test_skills_evolution import Evolver, generation, says, stage, talk
-from tests.plugin.test_skills_library import put
+from tests.skill_cases import Evolver, generation, put, says, stage, talk
 from tests.worker_stage import fill
 
 

@@ -13,12 +13,7 @@ from metaclaw_hooks.types import SkillRef
 from metaclaw_plugin.skills.install import install_starter
 from metaclaw_plugin.skills.library import Library, Watcher
 from metaclaw_plugin.skills.skill_file import FILE_NAME, SHARED, render_skill, write_atomic
-
-
-def put(root: Path, owner: str, name: str, description: str = "When asked, answer.", body: str = "Do it.") -> Path:
-    path = root / owner / name / FILE_NAME
-    write_atomic(path, render_skill(name, description, body))
-    return path
+from tests.skill_cases import put
 
 
 def test_an_agents_own_skill_shadows_the_shared_one_of_that_name(tmp_path: Path) -> None:

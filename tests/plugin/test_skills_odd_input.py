@@ -20,8 +20,7 @@ from metaclaw_plugin.skills.query import BLOCK_OPEN, awaits_answer, build_query
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import SHARED
 from metaclaw_plugin.store.engine import open_store
-from tests.plugin.test_skills_injection import FakeTurn, skill
-from tests.plugin.test_skills_library import put
+from tests.skill_cases import FakeTurn, put, skill
 
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),

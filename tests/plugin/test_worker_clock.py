@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
-from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 HOUR = 3600.0
 

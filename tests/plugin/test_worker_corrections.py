@@ -10,9 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from metaclaw_hooks.wire import RewardsReply
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.errors import TrainerUnavailableError
 from metaclaw_plugin.store import rewards as store
@@ -22,6 +20,8 @@ from metaclaw_plugin.worker.corrections import correction_round
 from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 
 class Trainer:

@@ -10,9 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from metaclaw_hooks.types import Mode, Trace
-from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
 from metaclaw_plugin.store import forwarding as store
@@ -22,6 +20,8 @@ from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.worker.context import WorkerContext
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 
 def turns(count: int, agent: str = "alpha", session: str = "s1", **changes: Any) -> list[Trace]:

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from sqlalchemy.engine import Engine
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.errors import TrainerUnavailableError
 from metaclaw_plugin.store import leases, schema
@@ -23,6 +21,8 @@ from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.worker.loop import keep_doing, run_worker
 from metaclaw_plugin.worker.tasks import Round, tasks_for
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 NOWHERE = {"remote_url": "http://127.0.0.1:9"}
 

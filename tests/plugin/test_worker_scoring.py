@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hook_nouns import make_trace
 from metaclaw_hooks.types import Kind, Reward
-from worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import leases, schema
 from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.rewards import Outcome, put_rewards, record_outcomes
 from metaclaw_plugin.worker.combine import best_hint, combine
 from metaclaw_plugin.worker.scoring import Scorer, settle_side_traces, store_hook_counters
+from tests.hook_nouns import make_trace
+from tests.worker_stage import fill, rows, worker_context, worker_settings, write_hook
 
 
 async def test_a_reward_for_lone_replies_scores_at_once(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hook_nouns import make_trace
 from metaclaw_hooks.rewards.judge import Judgement, Spent
-from worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 from metaclaw_plugin.store import forwarding, leases
 from metaclaw_plugin.store.rewards import add_feedback, score_again
@@ -17,6 +15,8 @@ from metaclaw_plugin.worker.feedback import feedback_round
 from metaclaw_plugin.worker.forwarding import Forwarder
 from metaclaw_plugin.worker.judge_book import StoreJudgeBook
 from metaclaw_plugin.worker.scoring import Scorer
+from tests.hook_nouns import make_trace
+from tests.worker_stage import accepted, answer, fill, rows, worker_context, worker_settings, write_hook
 
 
 @pytest.mark.law(3)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +14,7 @@ from fastapi.routing import APIRoute
 from metaclaw_plugin.console.access import COOKIE
 from metaclaw_plugin.console.app import create_app
 from metaclaw_plugin.console.keys import derived
+from tests.security.console_visits import ACTING, filled, session
 from tests.security.house import House
 from tests.security.tried import tried
 
@@ -34,12 +33,6 @@ LOOKING = {
     "GET /traces/{trace_id}/messages/{index}", "GET /traces/{trace_id}/tokens",
     "GET /skills", "GET /skills/{owner}/{name}", "GET /skills/{owner}", "GET /health",
 }  # fmt: skip
-ACTING = {
-    "POST /agents/{name}/promote", "POST /agents/{name}/rollback", "POST /agents/{name}/settings",
-    "POST /traces/{trace_id}/feedback", "POST /skills/{owner}/preview", "POST /skills/{owner}",
-    "POST /skills/{owner}/{name}/save", "POST /skills/{owner}/{name}/retire",
-    "POST /skills/{owner}/proposals/{proposal}/{answer}", "POST /health",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +46,6 @@ def routes(house: House) -> set[str]:
     app = create_app(house.settings, house.config)
     found = [route for route in app.routes if isinstance(route, APIRoute)]
     return {f"{method} {route.path}" for route in found for method in route.methods}
-
-
-def session(client: httpx.Client, house: House, role: str) -> dict[str, str]:
-    """The cookie of a session that LiteLLM's claim opened."""
-    told = {"plugin": "metaclaw", "user_id": role, "user_role": role, "exp": time.time() + 30}
-    claim = Fernet(derived(house.owners["salt"], "metaclaw")).encrypt(json.dumps(told).encode()).decode()
-    answer = client.post("/api/plugin-auth", json={"session_claim": claim}, headers={"origin": house.console})
-    assert answer.status_code == 204, answer.text
-    (token,) = re.findall(rf"{COOKIE}=([^;]+);", "\n".join(answer.headers.get_list("set-cookie")))
-    client.cookies.clear()
-    return {"cookie": f"{COOKIE}={token}"}
-
-
-def filled(route: str) -> tuple[str, str]:
-    """Method and path, with names in it that lead nowhere."""
-    method, path = route.split(" ")
-    return method, re.sub(r"\{(\w+)\}", lambda found: "0" if found[1] == "index" else "no-such-thing", path)
 
 
 def ask(client: httpx.Client, route: str, headers: dict[str, str], **more: Any) -> httpx.Response:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from metaclaw_plugin.console.app import create_app
 from tests.gateway_server import PLAIN_KEY, running_plain_litellm
+from tests.security.console_visits import ACTING, filled, session
 from tests.security.fuzzing import JSON, TEXTS, TOTAL, Fuzzer, drive, from_document, mutated
 from tests.security.house import House
-from tests.security.test_security_console_routes import ACTING, filled, session
 
 pytestmark = [pytest.mark.gateway, pytest.mark.law(9), pytest.mark.timeout(1800)]
 

@@ -21,8 +21,8 @@ from metaclaw_plugin.settings import Settings, parse_settings
 from metaclaw_plugin.skills.editing import SkillFolder
 from metaclaw_plugin.store.agents import add_agent
 from metaclaw_plugin.store.engine import open_store
+from tests.security.console_visits import session
 from tests.security.house import LONG, House, canary
-from tests.security.test_security_console_routes import session
 from tests.security.tried import tried
 
 pytestmark = pytest.mark.law(9)

@@ -23,8 +23,8 @@ from metaclaw_plugin.settings import parse_settings
 from metaclaw_plugin.supervisor.plan import console_launch, trainer_launch, worker_launch
 from metaclaw_plugin.vllm_command import vllm_command
 from tests.replay_upstream import Script
+from tests.security.console_visits import session
 from tests.security.house import UPSTREAM_KEY_HEADER, House, canary
-from tests.security.test_security_console_routes import session
 from tests.security.tried import tried
 
 pytestmark = pytest.mark.gateway

@@ -1,6 +1,6 @@
 """Runs a trainer that kills itself with SIGKILL in a chosen phase of its second step, and then one that goes on.
 
-    python killed_trainer.py MODEL FOLDER
+    python -m tests.trainer.killed_trainer MODEL FOLDER
 
 For every phase, ``FOLDER/<phase>`` is the home of two processes, one after the other; ``FOLDER/none`` of one that was
 never interrupted. All are forked from this one, which has imported torch and computed nothing.
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.wire import AgentTraining
 from metaclaw_trainer import checkpoints, loop, step
 from metaclaw_trainer.agents import AgentBook
@@ -25,6 +24,8 @@ from metaclaw_trainer.owners import Owner
 from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.store import open_store
 from metaclaw_trainer.versions import StoredVersions
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 
 BATCHES, BATCH = 3, 4
 
@@ -97,7 +98,7 @@ def fork(work: Callable[[], None]) -> int:
 
 def main() -> None:
     model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    assert step.train_step is loop.train_step
+    assert step.train_step is loop.train_step  # type: ignore[attr-defined]
     for phase, arm in PHASES.items():
         home = folder / phase
 

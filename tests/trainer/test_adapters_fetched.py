@@ -7,17 +7,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.types import AdapterVersion
 from metaclaw_hooks.wire import SampleBody, VersionsReply
 from metaclaw_trainer.errors import VllmRefusedError
 from metaclaw_trainer.vllm_client import VllmClient
-from trainer_server import TrainerServer, serving
-from vllm_server import VllmProcess
 
 from metaclaw_plugin.adapter_files import fetch_adapter
 from metaclaw_plugin.errors import AdapterFilesError
 from metaclaw_plugin.exporting import export_version
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
+from tests.trainer_server import TrainerServer, serving
+from tests.vllm_server import VllmProcess
 
 AGENT = "far-away"
 ELSEWHERE = "/no/such/machine/trainer/adapters/far-away/v1"  # a path of the trainer's machine

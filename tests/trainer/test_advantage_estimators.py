@@ -6,10 +6,11 @@ import math
 import random
 
 import pytest
-from engine_parts import random_sample
 from metaclaw_trainer.advantages import Baseline, estimate, explain_silence, given
 from metaclaw_trainer.errors import AdvantageError
 from metaclaw_trainer.settings import TrainerSettings
+
+from tests.trainer.engine_parts import random_sample
 
 
 def settings(**values: object) -> TrainerSettings:

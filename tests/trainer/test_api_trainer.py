@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.types import Sample
 from metaclaw_hooks.wire import AgentsReply, HealthReply, SampleBody, SamplesReply, VersionsReply
-from trainer_server import TrainerServer, serving
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
+from tests.trainer_server import TrainerServer, serving
 
 _names = (f"agent-{number}" for number in itertools.count())
 _seeds = itertools.count()

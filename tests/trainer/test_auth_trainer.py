@@ -11,12 +11,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engine_parts import tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from metaclaw_trainer.auth import KeyRing, host_of, is_loopback, refuse_open_bind
 from metaclaw_trainer.errors import KeyFileError
-from trainer_server import TrainerServer, serving
+
+from tests.trainer.engine_parts import tiny_settings
+from tests.trainer_server import TrainerServer, serving
 
 
 @pytest.fixture(scope="module")

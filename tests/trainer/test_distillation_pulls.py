@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.types import Sample, SampleTurn
 from metaclaw_trainer.advantages import Baseline, estimate
 from metaclaw_trainer.batching import datum_of
@@ -19,6 +18,8 @@ from metaclaw_trainer.engine_thread import EngineThread
 from metaclaw_trainer.errors import TeacherError
 from metaclaw_trainer.step import TrainingState, train_step
 from transformers import AutoTokenizer
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 
 KEY = "agent:ada"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer.adapters import AdapterConfig, OptimiserOptions
 from metaclaw_trainer.batching import Datum, datum_of
 from metaclaw_trainer.engine_thread import EngineThread
@@ -28,6 +27,8 @@ from metaclaw_trainer.errors import (
 )
 from metaclaw_trainer.lora_engine import LoraEngine
 from torch import Tensor
+
+from tests.trainer.engine_parts import random_sample, tiny_settings
 
 STEP = OptimiserOptions(learning_rate=1e-2)
 

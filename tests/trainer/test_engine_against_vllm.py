@@ -8,11 +8,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer.adapters import AdapterConfig, AdapterState
 from metaclaw_trainer.batching import Datum, datum_of_lists
 from metaclaw_trainer.checkpoints import Checkpoint, write_checkpoint
 from metaclaw_trainer.engine_thread import EngineThread
+
+from tests.trainer.engine_parts import random_sample, tiny_settings
 
 pytestmark = pytest.mark.vllm
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer import forward
 from metaclaw_trainer.adapters import AdapterConfig, AdapterState, OptimiserOptions
 from metaclaw_trainer.batching import Datum, Pull, datum_of, datum_of_lists, micro_batches
@@ -18,6 +17,8 @@ from metaclaw_trainer.losses import LossOptions, find_loss, token_weights
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from tests.trainer.engine_parts import random_sample, tiny_settings
 
 CONFIG = AdapterConfig(4, 8.0, ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"))
 SUM = LossOptions(importance_cap=2.0)
@@ -285,7 +286,7 @@ def test_peft_reads_the_weights_under_their_own_names(make_engine, tiny_model: P
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), CONFIG.to_peft(str(tiny_model))
     )
     outcome = set_peft_model_state_dict(model, dict(state.weights))
-    assert not outcome.unexpected_keys
+    assert not outcome.unexpected_keys  # type: ignore[attr-defined]
     assert get_peft_model_state_dict(model).keys() == state.weights.keys()
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from engine_parts import tiny_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metaclaw_trainer.errors import OutOfMemoryError
-from trainer_server import TrainerServer, serving
+
+from tests.trainer.engine_parts import tiny_settings
+from tests.trainer_server import TrainerServer, serving
 
 NAN = float("nan")
 

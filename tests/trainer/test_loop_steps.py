@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.types import Sample
 from metaclaw_hooks.wire import AgentTraining
 from metaclaw_trainer import forward
@@ -23,6 +22,8 @@ from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import open_store
 from metaclaw_trainer.versions import StoredVersions
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 
 
 class Trainer:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer.adapters import OptimiserOptions
 from metaclaw_trainer.batching import datum_of
 from metaclaw_trainer.lora_engine import LoraEngine
 from torch import Tensor
+
+from tests.trainer.engine_parts import random_sample, tiny_settings
 
 
 def test_steps_are_adamw_with_clipping_and_decoupled_decay(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from engine_parts import random_sample, tiny_settings
 from metaclaw_trainer.base_model import load_base
 from metaclaw_trainer.batching import datum_of
 from metaclaw_trainer.lora_engine import LoraEngine
 
 from benchmarks.packed_pass import NAME, PackedEngine
+from tests.trainer.engine_parts import random_sample, tiny_settings
 
 
 def test_packed_sequences_have_the_gradient_of_padded_ones(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.wire import AgentTraining
 from metaclaw_trainer.checkpoints import read_manifest
 from metaclaw_trainer.owners import give_back
 from metaclaw_trainer.process import running
 from metaclaw_trainer.services import Services
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 
 AGENTS = ("ada", "bob", "cyd")
 BATCHES = 3

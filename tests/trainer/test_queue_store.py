@@ -22,7 +22,8 @@ from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.schema import owners
 from metaclaw_trainer.store import Store, open_store
 from metaclaw_trainer.versions import StoredVersions
-from postgres_server import create_database, running_postgres
+
+from tests.postgres_server import create_database, running_postgres
 
 LIMITS = Limits(vocabulary=1000, max_tokens=64, max_queued=6, batch_size=3)
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from killed_trainer import BATCH, BATCHES, PHASES
 from metaclaw_trainer.checkpoints import OPTIMISER, TRAINING, WEIGHTS, read_manifest
+
+from tests.trainer.killed_trainer import BATCH, BATCHES, PHASES
 
 KILLED = [phase for phase in PHASES if phase != "none"]
 
@@ -19,10 +20,9 @@ KILLED = [phase for phase in PHASES if phase != "none"]
 def homes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """The folder of all homes, and the signal that ended the first process of each."""
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_trainer.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tiny_model), str(folder)], capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, "-m", "tests.trainer.killed_trainer", str(tiny_model), str(folder)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
 

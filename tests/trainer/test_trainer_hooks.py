@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_parts import as_sampled, random_sample, tiny_settings
 from metaclaw_hooks.plugins import create_plugin_manager
 from metaclaw_hooks.wire import AgentTraining
 from metaclaw_trainer.agents import AgentBook
@@ -20,6 +19,8 @@ from metaclaw_trainer.sample_queue import Limits, StoredQueue
 from metaclaw_trainer.settings import TrainerSettings
 from metaclaw_trainer.store import open_store
 from metaclaw_trainer.versions import StoredVersions
+
+from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 
 
 class Stage:

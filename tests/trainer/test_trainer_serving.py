@@ -11,8 +11,9 @@ from metaclaw_hooks.types import Sample, SampleTurn
 from metaclaw_hooks.wire import SampleBody, ServedReply, VersionsReply
 from metaclaw_trainer.process import running
 from metaclaw_trainer.settings import TrainerSettings
-from trainer_server import TrainerServer, serving
-from vllm_server import VllmProcess
+
+from tests.trainer_server import TrainerServer, serving
+from tests.vllm_server import VllmProcess
 
 pytestmark = pytest.mark.vllm
 
