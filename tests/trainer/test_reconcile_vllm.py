@@ -211,7 +211,26 @@ def test_what_was_there_before_the_trainer_began_is_asked_too_and_left_where_it_
     stage.networks[0].loaded = {"a@v1": str(stage.folder / "a@v1")}  # it may be serving
     states = stage.reconciler.once()
     assert "disagree about a@v1" in states[0].failed["a@v1"]
+    assert "may be answering, so it is left; start that vLLM again" in states[0].failed["a@v1"]
     assert set(stage.networks[0].loaded) == {"a@v1"}
+
+
+@pytest.mark.parametrize("away", [httpx.ConnectError, httpx.ReadTimeout, httpx.Response(502, text="bad gateway")])
+def test_a_vllm_that_was_away_is_asked_again_though_its_adapters_are_back_before_the_next_look(
+    stage: Stage, away: httpx.Response | type[httpx.TransportError]
+) -> None:
+    stage.proofs["a@v1"] = Proof("s1", (5, 6), (-2.0,))
+    stage.want("a@v1")
+    assert stage.reconciler.once()[0].held == {"a@v1"}
+    stage.networks[0].fault = away
+    stage.reconciler.once()
+    stage.networks[0].fault = None  # started again on another base model, and a gateway had a@v1 loaded at once
+    stage.networks[0].logprob = -9.0
+    [state, other] = stage.reconciler.once()
+    assert (state.held, other.held) == (set(), {"a@v1"})
+    assert "disagree about a@v1 by 7.00 nats a token" in state.failed["a@v1"]
+    assert stage.networks[0].calls.count("score a@v1") == 2
+    assert stage.networks[1].calls.count("score a@v1") == 1
 
 
 def test_the_thread_keeps_looking(stage: Stage) -> None:

@@ -107,6 +107,10 @@ class VllmUnavailableError(TrainerError, ConnectionError):
     """A vLLM did not answer."""
 
 
+class VllmSilentError(VllmUnavailableError):
+    """A vLLM did not answer in time; it may be at work on the request still."""
+
+
 class VllmRefusedError(TrainerError):
     """A vLLM answered with an error; ``status`` is its HTTP status, ``None`` for an answer that made no sense."""
 

@@ -2,7 +2,7 @@
 
 When a version is made, the trainer scores the end of one of the traces that it was trained on, under the new weights.
 Each vLLM that has loaded the version scores the same token ids and goes on with one of its own, in one request. If the
-two disagree, vLLM has another base model, type or adapter under that name, and the version is unloaded again. What is
+two disagree, vLLM has another base model, type or adapter under that name, and is not said to hold the version. What is
 kept of the trace goes when its owner deletes it; a version without it has to say one token.
 """
 
@@ -19,7 +19,7 @@ from metaclaw_trainer.codec import pack, unpack
 from metaclaw_trainer.errors import VllmRefusedError
 from metaclaw_trainer.schema import proofs
 from metaclaw_trainer.store import Store
-from metaclaw_trainer.vllm_client import CONTROL_TIMEOUT, VllmClient
+from metaclaw_trainer.vllm_client import VllmClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Prover:
         if proof is None:
             client.say_a_token(name)
             return
-        scored = client.prompt_logprobs(name, proof.token_ids, CONTROL_TIMEOUT)
+        scored = client.prompt_logprobs(name, proof.token_ids, client.patience)
         apart = sum(abs(a - b) for a, b in zip(scored, proof.logprobs, strict=True)) / len(scored)
         if not apart <= self._threshold:
             raise VllmRefusedError(

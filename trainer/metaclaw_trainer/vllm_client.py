@@ -1,7 +1,8 @@
 """One vLLM over HTTP: list, load and unload adapters, draw samples, score token ids.
 
-Foreign errors are translated here: a vLLM that does not answer is ``VllmUnavailableError``, one that answers with an
-error is ``VllmRefusedError`` with its own words. Route names and fields were checked against vLLM 0.32.
+Foreign errors are translated here: a vLLM that does not answer is ``VllmUnavailableError`` (``VllmSilentError`` if it
+let the time run out), one that answers with an error is ``VllmRefusedError`` with its own words. Route names and fields
+were checked against vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 from metaclaw_hooks.wire import ADAPTER_MIRROR
 
-from metaclaw_trainer.errors import VllmRefusedError, VllmUnavailableError
+from metaclaw_trainer.errors import VllmRefusedError, VllmSilentError, VllmUnavailableError
 
 CONTROL_TIMEOUT = httpx.Timeout(30.0, connect=5.0)  # seconds; a load reads the adapter from disk
 LIST_TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds; one that hangs must not hold up the others for long
@@ -48,13 +49,21 @@ class VllmClient:
         url: root URL without ``/v1``.
         api_key: sent as a Bearer token, if vLLM wants one.
         transport: for tests that need another network.
+        patience: how long it may take to load, unload or prove an adapter.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
+        patience: httpx.Timeout = CONTROL_TIMEOUT,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self.patience = patience
         self._http = httpx.Client(
-            base_url=self.url, headers=self._headers, timeout=CONTROL_TIMEOUT, transport=transport, trust_env=False
+            base_url=self.url, headers=self._headers, timeout=patience, transport=transport, trust_env=False
         )
 
     def close(self) -> None:
@@ -151,19 +160,17 @@ class VllmClient:
         """
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         answer = self._json("POST", "/v1/completions", body, timeout)
-        entries = answer["choices"][0].get("prompt_logprobs")
-        if not entries or len(entries) != len(token_ids):
-            raise VllmRefusedError(f"vLLM at {self.url} gave no prompt_logprobs for {len(token_ids)} token ids")
-        scored = []
-        for token, entry in zip(token_ids[1:], entries[1:], strict=True):
-            value = (entry or {}).get(str(token), {}).get("logprob")
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise VllmRefusedError(f"vLLM at {self.url} scored other tokens than it was given")
-            scored.append(float(value))
-        return tuple(scored)
+        try:
+            pairs = list(zip(token_ids, answer["choices"][0]["prompt_logprobs"], strict=True))
+            scored = tuple(float(entry[str(token)]["logprob"]) for token, entry in pairs[1:])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise VllmRefusedError(f"vLLM at {self.url} did not score the tokens that it was given") from error
+        if not all(map(math.isfinite, scored)):
+            raise VllmRefusedError(f"vLLM at {self.url} gave a log-probability that is none")
+        return scored
 
     def _json(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: httpx.Timeout = CONTROL_TIMEOUT
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: httpx.Timeout | None = None
     ) -> dict[str, Any]:
         response = self._request(method, path, body, timeout)
         try:
@@ -175,12 +182,12 @@ class VllmClient:
         return answer
 
     def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: httpx.Timeout = CONTROL_TIMEOUT
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: httpx.Timeout | None = None
     ) -> httpx.Response:
         try:
-            response = self._http.request(method, path, json=body, timeout=timeout)
+            response = self._http.request(method, path, json=body, timeout=timeout or self.patience)
         except httpx.TimeoutException as error:
-            raise VllmUnavailableError(f"vLLM at {self.url} did not answer {path} in time") from error
+            raise VllmSilentError(f"vLLM at {self.url} did not answer {path} in time") from error
         except httpx.HTTPError as error:
             raise VllmUnavailableError(f"vLLM at {self.url} cannot be reached ({error}); is it running?") from error
         if response.is_error:
