@@ -3,6 +3,9 @@
 The prompts are the agent's own held-out ones, never trained on. Both sides answer each prompt with the same seed and
 are scored by those of the agent's rewards that can score a lone reply. KL to the base model is estimated on the
 candidate's own replies as the mean of log p(candidate) - log p(base) per sampled token.
+
+What cannot be replayed is left out and counted: traces that are damaged, and prompts that vLLM refuses. Where that is
+most of them, plain questions are asked instead, so that sanity is measured in any case.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
+import logging
 import math
 import time
 import zlib
@@ -21,10 +26,10 @@ import httpx
 import sqlalchemy as sa
 from metaclaw_hooks.names import version_name
 from metaclaw_hooks.plugins import Plugins
-from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, Kind, Purpose, Sampling, Session, Trace, message_text
+from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, Kind, Purpose, Session, Trace, message_text
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.errors import SamplerRefusedError, UnknownAgentError
+from metaclaw_plugin.errors import SamplerRefusedError, StoreError, UnknownAgentError
 from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
 from metaclaw_plugin.settings import PublishSettings, Settings
 from metaclaw_plugin.store.agents import get_record
@@ -34,8 +39,10 @@ from metaclaw_plugin.worker.combine import combine
 from metaclaw_plugin.worker.modes import with_own
 from metaclaw_plugin.worker.policy import RewardPlan, plan_all, plan_rewards
 from metaclaw_plugin.worker.sampling import Reply, Sampler
-from metaclaw_plugin.worker.sanity_set import SANITY_SET
+from metaclaw_plugin.worker.sanity_set import SANITY_SET, sanity_prompts
 from metaclaw_plugin.worker.verdicts import Evaluation, distinct_2, paired_difference
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,6 +70,15 @@ class _Pair:
     serving: Reply
 
 
+@dataclass(frozen=True, slots=True)
+class _Replays:
+    """What became of the prompts that both sides were to answer."""
+
+    pairs: list[_Pair]
+    refused: int  # by vLLM for the serving version too: too long for it by now, say
+    unanswered: int  # by vLLM for the candidate alone
+
+
 class Evaluator:
     """Evaluates candidates of all agents."""
 
@@ -80,18 +96,36 @@ class Evaluator:
         """
         plan = await asyncio.to_thread(self._plan, version.agent)
         judges = [name for name in plan.turn_rewards if self._ctx.plugins.scores_lone_reply(name)]
-        replayed = await asyncio.to_thread(self._held_out, version.agent, settings.replays)
-        prompts = replayed or [_sanity_prompt(version, number) for number in range(len(SANITY_SET))]
-        pairs = await self._answer(prompts, version.name, _model(version.agent, against), settings)
-        if len(pairs) * 2 < len(prompts):
-            raise SamplerRefusedError(f"vLLM refused {len(prompts) - len(pairs)} of {len(prompts)} replayed prompts")
-        scores = await self._score(pairs, judges, plan, version.number, against) if replayed and judges else []
-        distinct = distinct_2(_texts(p.candidate for p in pairs)), distinct_2(_texts(p.serving for p in pairs))
-        return Evaluation(
+        held_out, damaged = await asyncio.to_thread(self._held_out, version.agent, settings.replays)
+        serving = _model(version.agent, against)
+        replays = own = await self._answer(held_out, version.name, serving, settings)
+        replayed = bool(held_out) and own.refused * 2 <= len(held_out)
+        if not replayed:
+            replays = await self._answer(sanity_prompts(version), version.name, serving, settings)
+            if replays.refused * 2 > len(SANITY_SET):
+                refused = f"vLLM refused {replays.refused} of {len(SANITY_SET)} plain questions to {serving}"
+                raise SamplerRefusedError(f"{refused}: its log says why")
+        pairs = replays.pairs
+        found = Evaluation(
             against=against,
-            difference=paired_difference([mine for mine, _ in scores], [other for _, other in scores]),
+            difference=None,
             judged_by=tuple(judges),
             replies=len(pairs),
+            kl=None,
+            distinct=None,
+            sanity=None,
+            held_out=len(held_out),
+            damaged=damaged,
+            refused=own.refused,
+            unanswered=replays.unanswered,
+        )
+        if found.mute:
+            return found  # vLLM would not score it either
+        scores = await self._score(pairs, judges, plan, version.number, against) if replayed and judges else []
+        distinct = distinct_2(_texts(p.candidate for p in pairs)), distinct_2(_texts(p.serving for p in pairs))
+        return dataclasses.replace(
+            found,
+            difference=paired_difference([mine for mine, _ in scores], [other for _, other in scores]),
             kl=await self._kl(pairs, settings),
             distinct=(distinct[0] or 0.0, distinct[1]) if distinct[1] is not None else None,
             sanity=await self._sanity(version.name, settings),
@@ -105,8 +139,8 @@ class Evaluator:
             except UnknownAgentError:
                 return plan_rewards(self._ctx.plugins, rewards, agent)
 
-    def _held_out(self, agent: str, limit: int) -> list[Trace]:
-        """The agent's newest held-out traces with different prompts."""
+    def _held_out(self, agent: str, limit: int) -> tuple[list[Trace], int]:
+        """The agent's newest held-out traces with different prompts, and how many were passed over as damaged."""
         query = (
             sa.select(traces)
             .join(sessions, sessions.c.id == traces.c.session)
@@ -116,28 +150,40 @@ class Evaluator:
             .limit(4 * limit)
         )
         found: dict[str, Trace] = {}
+        damaged = 0
         with self._ctx.engine.connect() as c:
             for row in c.execute(query).mappings():
-                trace = decode_trace(row)
+                try:
+                    trace = decode_trace(row)
+                except StoreError as error:
+                    logger.warning("not replayed: %s", error)
+                    damaged += 1
+                    continue
                 found.setdefault(repr((trace.messages, trace.tools)), trace)
                 if len(found) == limit:
                     break
-        return list(found.values())
+        return list(found.values()), damaged
 
     async def _answer(
         self, prompts: Sequence[Trace], candidate: str, serving: str, settings: PublishSettings
-    ) -> list[_Pair]:
-        async def both(prompt: Trace) -> _Pair | None:
+    ) -> _Replays:
+        async def reply(model: str, prompt: Trace) -> Reply | None:
             seed = zlib.crc32(prompt.id.encode())
             try:
-                mine = await self._sampler.reply(candidate, prompt, settings.replay_max_tokens, seed)
-                other = await self._sampler.reply(serving, prompt, settings.replay_max_tokens, seed)
-            except SamplerRefusedError:
-                return None  # too long for the model by now, say: left out on both sides
-            return _Pair(prompt, mine, other)
+                return await self._sampler.reply(model, prompt, settings.replay_max_tokens, seed)
+            except SamplerRefusedError as error:
+                logger.info("%s left out of the replays: %s", prompt.id, error)
+                return None
 
-        pairs = await _side_by_side(both, prompts, settings.replay_concurrency)
-        return [pair for pair in pairs if pair is not None]
+        async def both(prompt: Trace) -> tuple[Reply | None, Reply | None]:
+            other = await reply(serving, prompt)
+            return other, None if other is None else await reply(candidate, prompt)
+
+        replies = await _side_by_side(both, prompts, settings.replay_concurrency)
+        asked = list(zip(prompts, replies, strict=True))
+        pairs = [_Pair(prompt, mine, other) for prompt, (other, mine) in asked if other and mine]
+        refused = sum(other is None for other, _ in replies)
+        return _Replays(pairs, refused, len(prompts) - len(pairs) - refused)
 
     async def _score(
         self, pairs: Sequence[_Pair], judges: Sequence[str], plan: RewardPlan, number: int, against: int
@@ -161,14 +207,22 @@ class Evaluator:
         return combine(rewards, plan.weight) if combined is None else float(combined)
 
     async def _kl(self, pairs: Sequence[_Pair], settings: PublishSettings) -> float | None:
-        async def gaps(pair: _Pair) -> list[float]:
+        async def gaps(pair: _Pair) -> list[float] | None:
             reply = pair.candidate
             ids = (*reply.prompt_token_ids, *reply.token_ids)
-            base = await self._sampler.logprobs(BASE_MODEL_NAME, ids, len(reply.prompt_token_ids))
+            try:
+                base = await self._sampler.logprobs(BASE_MODEL_NAME, ids, len(reply.prompt_token_ids))
+            except SamplerRefusedError as error:
+                logger.info("the reply to %s is not scored: %s", pair.prompt.id, error)  # it fills the context, say
+                return None
             return [mine - other for mine, other in zip(reply.logprobs, base, strict=True)]
 
         answered = [pair for pair in pairs if pair.candidate.token_ids]
-        found = [gap for gaps_ in await _side_by_side(gaps, answered, settings.replay_concurrency) for gap in gaps_]
+        scored = [found for found in await _side_by_side(gaps, answered, settings.replay_concurrency) if found]
+        if len(scored) * 2 < len(answered):
+            unscored = f"{len(answered) - len(scored)} of {len(answered)} replies"
+            raise SamplerRefusedError(f"vLLM would not score {unscored} as {BASE_MODEL_NAME}: its log says why")
+        found = list(itertools.chain.from_iterable(scored))
         return math.fsum(found) / len(found) if found else None
 
     async def _sanity(self, model: str, settings: PublishSettings) -> tuple[float, float]:
@@ -210,39 +264,6 @@ def _replayed(prompt: Trace, reply: Reply, number: int) -> Trace:
         trainable=False,
         reason="replay",
         purpose=Purpose.HELD_OUT,
-    )
-
-
-def _sanity_prompt(version: AdapterVersion, number: int) -> Trace:
-    """A question of the fixed set as a trace, for an agent that has no held-out ones yet."""
-    return Trace(
-        id=f"sanity-{number}",
-        request_id=f"sanity-{number}",
-        agent=version.agent,
-        session="sanity",
-        turn=0,
-        exchange=0,
-        kind=Kind.MAIN,
-        route="chat",
-        model=version.name,
-        adapter_version=version.number,
-        messages=({"role": "user", "content": SANITY_SET[number][0]},),
-        tools=(),
-        response={"role": "assistant", "content": ""},
-        finish_reason=None,
-        prompt_token_ids=None,
-        response_token_ids=None,
-        response_logprobs=None,
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64),
-        skills=(),
-        skill_generation=0,
-        chat_template_hash=None,
-        response_id=None,
-        started_at=0.0,
-        first_token_at=None,
-        finished_at=0.0,
-        trainable=False,
-        reason="sanity",
     )
 
 

@@ -1,6 +1,7 @@
 """The gate: who judges a candidate, and when the verdict is ready.
 
 An evaluation takes a while, so each runs as a task of its own, one per agent, while publishing goes on for the others.
+Whatever goes wrong in one is the problem of that candidate alone: it is shown with the version, and tried again later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from metaclaw_hooks.names import parse_version
 from metaclaw_hooks.types import AdapterVersion
 
-from metaclaw_plugin.errors import ConfigError, SamplerRefusedError, SamplerUnavailableError, UnknownAgentError
+from metaclaw_plugin.errors import ConfigError, MetaclawError, UnknownAgentError
 from metaclaw_plugin.settings import PublishSettings
 from metaclaw_plugin.store.adapters import WISH_SERVE, VersionRecord
 from metaclaw_plugin.store.agents import get_record
@@ -51,10 +52,8 @@ class Gate:
         version = record.version
         try:
             decision = await self._decide(record, against)
-        except (SamplerUnavailableError, SamplerRefusedError) as error:
-            logger.warning("%s cannot be judged and goes on waiting: %s", version.name, error)
-            self.problems[version.name] = f"cannot be judged: {error}"
-            self._not_before[version.name] = time.monotonic() + self._ctx.settings.publish.retry_interval
+        except Exception as error:  # noqa: BLE001 - isolation boundary: one candidate's trial must not stop the others
+            self._put_off(version.name, error)
             return None
         if decision is not None:
             self._forget(version.name)
@@ -79,6 +78,19 @@ class Gate:
         if not task.done():
             return None
         return self._tasks.pop(version.name).result()
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        """Let a candidate that cannot be judged wait, and say so."""
+        if isinstance(error, MetaclawError):
+            reason = str(error)
+            logger.warning("%s cannot be judged and goes on waiting: %s", name, reason)
+        else:
+            reason = f"{type(error).__name__}: {error}; the worker's log has all of it"
+            logger.error("%s cannot be judged and goes on waiting", name, exc_info=error)
+        pause = self._ctx.settings.publish.retry_interval
+        cure = f"tried again every {pause:g} s; `metaclaw adapters promote {name}` lets it serve unjudged"
+        self.problems[name] = f"cannot be judged: {reason} ({cure})"
+        self._not_before[name] = time.monotonic() + pause
 
     def keep_only(self, names: Collection[str]) -> None:
         """Give up on evaluations of versions that are no candidates any more."""

@@ -68,8 +68,10 @@ class Sampler:
                 logprobs=tuple(float(item["logprob"]) for item in choice["logprobs"]["content"]),
                 finish_reason=choice.get("finish_reason"),
             )
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise SamplerRefusedError(f"vLLM at {self._url} gave no token ids with log-probabilities") from error
+        if not reply.prompt_token_ids:
+            raise SamplerRefusedError(f"vLLM at {self._url} gave no token ids of the prompt")
         if len(reply.token_ids) != len(reply.logprobs):
             raise SamplerRefusedError(f"vLLM at {self._url} gave another number of log-probabilities than tokens")
         return reply
@@ -78,7 +80,11 @@ class Sampler:
         """Natural log-probabilities of ``token_ids[start:]`` under ``model``, each given what stands before it."""
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         answer = await self._post("/v1/completions", body)
-        return self._scored(answer["choices"][0].get("prompt_logprobs"), token_ids)[start - 1 :]
+        try:
+            entries = answer["choices"][0]["prompt_logprobs"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise SamplerRefusedError(f"vLLM at {self._url} did not score the tokens that it was given") from error
+        return self._scored(entries, token_ids)[start - 1 :]
 
     async def conversation_logprob(self, model: str, messages: Sequence[Message]) -> float:
         """Mean natural log-probability per token of a whole conversation under ``model``, template included."""
@@ -106,9 +112,11 @@ class Sampler:
             raise SamplerRefusedError(f"vLLM at {self._url} gave a log-probability that is none")
         return values
 
-    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         try:
             answer = await self._http.post(self._url + path, json=body, headers=self._headers, timeout=TIMEOUT)
+        except ValueError as error:  # a client may have sent half a surrogate pair, or a NaN
+            raise SamplerRefusedError(f"vLLM at {self._url} cannot be sent what no JSON can carry: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise SamplerUnavailableError(
                 f"vLLM at {self._url} did not answer {path}: {type(error).__name__}"
@@ -118,6 +126,9 @@ class Sampler:
         if not answer.is_success:
             raise SamplerRefusedError(f"vLLM at {self._url} refused {path} with {answer.status_code}")
         try:
-            return answer.json()
+            said = answer.json()
         except ValueError as error:
             raise SamplerUnavailableError(f"vLLM at {self._url} answered {path} with no JSON") from error
+        if not isinstance(said, dict):
+            raise SamplerRefusedError(f"vLLM at {self._url} answered {path} with no JSON object")
+        return said

@@ -50,6 +50,15 @@ class Evaluation:
     kl: float | None  # nats per token, candidate to base, on the candidate's own replies
     distinct: tuple[float, float] | None  # distinct-2 of candidate and serving version
     sanity: tuple[float, float] | None  # mean log-probability per token of the fixed set: candidate and base
+    held_out: int = 0  # prompts that were to be replayed
+    damaged: int = 0  # held-out traces that the store cannot give back
+    refused: int = 0  # of ``held_out``, that vLLM refuses the serving version too
+    unanswered: int = 0  # prompts that vLLM answers as the serving version and refuses as the candidate
+
+    @property
+    def mute(self) -> bool:
+        """Whether vLLM refuses the candidate most of what it answers as the serving version."""
+        return self.unanswered > self.replies
 
     def figures(self) -> dict[str, Any]:
         """JSON."""
@@ -116,11 +125,24 @@ def _describe(number: int, against: str, evaluation: Evaluation) -> str:
             f"± {difference.half_width:.2f}" if math.isfinite(difference.half_width) else "(one prompt, no interval)"
         )
         return f"v{number} against {against}: {difference.mean:+.2f} {width} on {difference.pairs} prompts"
-    why = "no held-out prompt to replay yet" if evaluation.judged_by else "no reward can score a lone reply"
-    return f"v{number} against {against}: {why}, so sanity alone decided"
+    return f"v{number} against {against}: {_not_compared(evaluation)}, so sanity alone decided"
+
+
+def _not_compared(evaluation: Evaluation) -> str:
+    """Why there is no difference of replayed rewards."""
+    held_out, refused = evaluation.held_out, evaluation.refused
+    if not evaluation.judged_by:
+        return "no reward can score a lone reply"
+    if not held_out:
+        return "every held-out trace is damaged" if evaluation.damaged else "no held-out prompt to replay yet"
+    if refused * 2 > held_out:
+        return f"vLLM refused {refused} of {held_out} held-out prompts (longer than its context?)"
+    return "no held-out prompt got a reward on both sides"
 
 
 def _insane(evaluation: Evaluation, settings: PublishSettings) -> str | None:
+    if evaluation.mute:
+        return f"vLLM refused it {evaluation.unanswered} prompts that it answered as the serving version"
     if evaluation.kl is not None and evaluation.kl > settings.max_kl:
         return f"it is {evaluation.kl:.2f} nats per token away from the base model (at most {settings.max_kl:g})"
     if evaluation.distinct is not None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from metaclaw_hooks.types import AdapterVersion
 
-from metaclaw_plugin.errors import SamplerUnavailableError
+from metaclaw_plugin.errors import SamplerUnavailableError, StoreError
 from metaclaw_plugin.settings import PublishSettings, Settings
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.agents import add_agent, set_settings
@@ -125,11 +125,14 @@ class ScriptedJudge:
     go: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[tuple[str, int, str]] = field(default_factory=list)
     down: bool = False
+    broken: dict[str, Exception] = field(default_factory=dict)  # by version name
 
     async def evaluate(self, version: AdapterVersion, against: int, settings: PublishSettings) -> Evaluation:
         self.asked.append((version.name, against, settings.policy))
         if self.down:
             raise SamplerUnavailableError("vLLM did not answer")
+        if version.name in self.broken:
+            raise self.broken[version.name]
         await self.go.wait()
         return replace(self.figures[version.name], against=against)
 
@@ -215,11 +218,40 @@ async def test_a_sampler_that_is_down_is_a_problem_shown_and_the_trial_is_tried_
     ctx.trainer.make(1)
     await rounds(publisher)
     with ctx.engine.connect() as c:
-        assert store.get_version(c, "ada", 1).problem == "cannot be judged: vLLM did not answer"
+        problem = store.get_version(c, "ada", 1).problem
+    assert problem is not None
+    assert problem.startswith("cannot be judged: vLLM did not answer (tried again every 0.001 s; ")
+    assert "`metaclaw adapters promote ada@v1`" in problem
     ctx.judge.down = False
     ctx.judge.go.set()
     await rounds(publisher, 5)
     assert route(ctx) == 1
+    with ctx.engine.connect() as c:
+        assert store.get_version(c, "ada", 1).problem is None
+
+
+@pytest.mark.parametrize("error", [StoreError("trace t1 in the store is damaged"), KeyError("choices")])
+async def test_whatever_goes_wrong_in_a_trial_is_shown_tried_again_and_stops_no_other(
+    ctx: Context, error: Exception
+) -> None:
+    with ctx.engine.begin() as c:
+        add_agent(c, "zoe")
+    publisher = publisher_of(ctx)
+    ctx.judge.go.set()
+    ctx.judge.figures = {"ada@v1": GOOD, "zoe@v1": GOOD}
+    ctx.judge.broken["ada@v1"] = error
+    ctx.trainer.make(1)
+    ctx.trainer.make(1, "zoe", parent=0)
+    await rounds(publisher, 5)
+    assert (route(ctx, "ada"), route(ctx, "zoe"), ctx.plugins.published) == (0, 1, ["zoe@v1"])
+    with ctx.engine.connect() as c:
+        problem = store.get_version(c, "ada", 1).problem
+    assert problem is not None
+    assert "cannot be judged" in problem
+    assert str(error) in problem
+    ctx.judge.broken.clear()
+    await rounds(publisher, 5)
+    assert route(ctx, "ada") == 1
     with ctx.engine.connect() as c:
         assert store.get_version(c, "ada", 1).problem is None
 
