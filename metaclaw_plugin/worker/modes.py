@@ -99,7 +99,18 @@ class Modes:
         """For each agent, whether it may be trained now, and why, or why not."""
         now = self._clock()
         agents = await asyncio.to_thread(_look, self._ctx.settings, self._ctx.engine)
-        return {agent.name: await self._window(agent, own, activity, now) for agent, own, activity in agents}
+        windows = await asyncio.gather(*(self._apart(agent, own, activity, now) for agent, own, activity in agents))
+        return {agent.name: window for (agent, _, _), window in zip(agents, windows, strict=True)}
+
+    async def _apart(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
+        """One agent's window; what goes wrong with it shuts it, and no other's."""
+        try:
+            return await self._window(agent, own, activity, now)
+        except Exception as error:  # isolation boundary: all others' windows must go on closing
+            window = Window(False, f"its window could not be worked out ({type(error).__name__}): see the worker's log")
+            if (self._shown or {}).get(agent.name, {}).get("reason") != window.reason:
+                logger.exception("the window of %s could not be worked out and is kept shut", agent.name)
+            return window
 
     async def _window(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
         if agent.mode is Mode.RL:
@@ -111,7 +122,7 @@ class Modes:
             window = window_now(settings, now, activity)
             if not window.open and settings.calendar is not None:
                 zone = parse_zone(settings.time_zone)
-                if await self._calendars.is_busy(settings.calendar, zone, now):
+                if await self._calendars.busy_until(settings.calendar, zone, now) is not None:
                     window = Window(True, "an event of the calendar")
         except (ConfigError, CalendarError) as error:
             window = Window(False, str(error))

@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
+from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import httpx
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import WindowSettings
@@ -53,6 +56,19 @@ def window_now(settings: WindowSettings, now: float, activity: Activity) -> Wind
     return Window(False, "outside the windows of mode auto")
 
 
+def check_windows(settings: WindowSettings) -> None:
+    """Look at how hours, zone and calendar are written; whether the calendar is there is not asked.
+
+    Raises:
+        ConfigError: naming the first that is not written as it must be.
+    """
+    parse_zone(settings.time_zone)
+    for hours in settings.hours:
+        parse_hours(hours)
+    if settings.calendar is not None:
+        parse_calendar(settings.calendar)
+
+
 def in_hours(now: float, hours: str, zone: tzinfo) -> bool:
     """Whether ``now`` is inside ``hours``, such as "23:00-07:00" local to ``zone``; the end itself is outside.
 
@@ -92,6 +108,32 @@ def parse_zone(name: str | None) -> tzinfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError) as error:
         raise ConfigError(f"time zone {name!r} is not known; use a name such as Europe/Berlin or UTC") from error
+
+
+def parse_calendar(source: str) -> httpx.URL | Path:
+    """Where a calendar is: an address with http:// or https://, or the whole path of an ICS file.
+
+    Raises:
+        ConfigError: if it is written as neither; it never says the address, which may hold a secret.
+    """
+    scheme, is_address, _ = source.partition("://")
+    if is_address:
+        if scheme.lower() not in ("http", "https"):
+            raise ConfigError(f"calendar: {scheme[:20]}:// cannot be fetched; write https:// (for webcal:// as well)")
+        try:
+            url = httpx.URL(source)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ConfigError(f"calendar: the address is no URL: {error}") from error
+        if not url.host:
+            raise ConfigError("calendar: the address names no host; write it as https://HOST/PATH")
+        return url
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ConfigError("calendar: ~ is followed by the name of no user; a file of your own is ~/NAME.ics") from error
+    if not path.is_absolute() or "\x00" in source:
+        raise ConfigError("calendar: write a whole path, such as ~/work.ics, or an address with https://")
+    return path
 
 
 def is_idle(now: float, last_activity: float | None, idle_after: float) -> bool:
