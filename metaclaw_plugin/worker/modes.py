@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import httpx
-import sqlalchemy as sa
 from metaclaw_hooks.types import Agent, Mode
 from metaclaw_hooks.wire import AgentStatus, AgentTraining
 from pydantic import ValidationError
@@ -19,7 +18,7 @@ from metaclaw_plugin.errors import CalendarError, ConfigError, TrainerRefusedErr
 from metaclaw_plugin.settings import Section, Settings
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.facts import set_fact
-from metaclaw_plugin.store.schema import sessions
+from metaclaw_plugin.store.last_requests import ANYONE, read_last_requests
 from metaclaw_plugin.worker.calendars import Calendars
 from metaclaw_plugin.worker.windows import Activity, Window, parse_zone, window_now
 
@@ -145,15 +144,8 @@ def _look(settings: Settings, engine: Engine) -> list[tuple[Agent, Any, Activity
     """All agents with the windows that the owner set for each alone, and when requests came last."""
     with engine.connect() as c:
         agents = [(record.agent(settings.mode), record.settings.get("windows")) for record in list_agents(c)]
-        automatic = [agent.name for agent, _ in agents if agent.mode is Mode.AUTO]
-        everyone: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at))) if automatic else None
-        newest = {name: _last_request(c, name) for name in automatic}
-    return [(agent, own, Activity(newest.get(agent.name), everyone)) for agent, own in agents]
-
-
-def _last_request(c: sa.Connection, agent: str) -> float | None:
-    last: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at)).where(sessions.c.agent == agent))
-    return last
+        seen = read_last_requests(c)
+    return [(agent, own, Activity(seen.get(agent.name), seen.get(ANYONE))) for agent, own in agents]
 
 
 def with_own(section: SectionT, own: Any) -> SectionT:

@@ -29,7 +29,7 @@ from sqlalchemy.engine import Engine
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store.agents import add_agent, set_settings
 from metaclaw_plugin.store.engine import open_store
-from metaclaw_plugin.store.schema import sessions
+from metaclaw_plugin.store.last_requests import note_requests
 from metaclaw_plugin.worker.modes import Modes
 
 QUARTER = 15  # minutes
@@ -134,7 +134,7 @@ def house(tiny_model: Path, tmp_path: Path) -> Iterator[House]:
     with engine.begin() as c:
         add_agent(c, "ada", Mode.AUTO)
         set_settings(c, "ada", {"windows": windows})
-        c.execute(sessions.insert().values(**SESSION))
+        note_requests(c, {"ada": 0.0})
     plugins = create_plugin_manager(packages=False)
     yield House(Settings(home=tmp_path), engine, trainer, plugins, httpx.AsyncClient(trust_env=False))
     plugins.close()
@@ -149,7 +149,7 @@ async def test_a_day_in_which_auto_trains_inside_its_windows_alone(house: House)
         if 7 * 60 <= house.minute < 20 * 60:  # someone talks to the agent, from 7 in the morning to 8 in the evening
             house.send(2)
             with house.engine.begin() as c:
-                c.execute(sessions.update().values(last_at=house.now))
+                note_requests(c, {"ada": house.now})
         await modes.round()
         await house.train()
     assert house.made_at
@@ -170,7 +170,7 @@ async def test_a_window_that_closes_in_the_middle_of_a_step_lets_it_end_and_noth
     def close() -> None:
         house.minute = 8 * 60
         with house.engine.begin() as c:
-            c.execute(sessions.update().values(last_at=house.now))
+            note_requests(c, {"ada": house.now})
         asyncio.run_coroutine_threadsafe(modes.round(), loop).result(30)
 
     house.trainer.versions.before_commit = close
@@ -191,15 +191,3 @@ def _open(minute: int) -> bool:
     meeting = 10 * 60 <= minute < 11 * 60
     idle = minute < 7 * 60 or minute >= 19 * 60 + 45 + 120  # the last word falls at 19:45
     return asleep or meeting or idle
-
-
-SESSION = {
-    "id": "s1",
-    "agent": "ada",
-    "evidence": "x-session-id",
-    "evidence_key": "k",
-    "started_at": 0.0,
-    "last_at": 0.0,
-    "held_out": False,
-    "without_skills": [],
-}

@@ -11,7 +11,7 @@ from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import WindowSettings
 from metaclaw_plugin.store.agents import add_agent, list_agents, remove_agent, set_global_mode, set_mode, set_settings
 from metaclaw_plugin.store.facts import get_fact
-from metaclaw_plugin.store.schema import sessions
+from metaclaw_plugin.store.last_requests import ANYONE, note_requests
 from metaclaw_plugin.worker.modes import WINDOWS_FACT
 from metaclaw_plugin.worker.windows import Activity, Window, check_windows, window_now
 from tests.windows_cases import Context, at, make_context
@@ -168,14 +168,13 @@ async def test_a_day_in_which_auto_trains_inside_its_windows_alone(ctx: Context,
     with ctx.engine.begin() as c:
         add_agent(c, "ada", Mode.AUTO)
         set_settings(c, "ada", {"windows": windows})
-        c.execute(sessions.insert().values(SESSION | {"agent": "ada"}))
     modes, day = ctx.modes, at("2026-11-23T00:00:00")  # a Monday
     open_at: list[int] = []
     for minute in range(0, 24 * 60, 5):
         ctx.now = day + minute * 60
         if 7 * 60 <= minute < 20 * 60:  # someone talks to the agent all day long
             with ctx.engine.begin() as c:
-                c.execute(sessions.update().values(last_at=ctx.now))
+                note_requests(c, {"ada": ctx.now, ANYONE: ctx.now})
         await modes.round()
         if ctx.trainer.allowed["ada"]:
             open_at.append(minute)
@@ -191,16 +190,6 @@ def _is_window(minute: int) -> bool:
     idle = minute < 7 * 60 or minute >= 19 * 60 + 55 + 120  # talk from 07:00 to 19:55
     return sleeping or meeting or idle
 
-
-SESSION = {
-    "id": "s1",
-    "evidence": "x-session-id",
-    "evidence_key": "k",
-    "started_at": 0.0,
-    "last_at": 0.0,
-    "held_out": False,
-    "without_skills": [],
-}
 
 WORK = """BEGIN:VCALENDAR
 VERSION:2.0
