@@ -30,6 +30,7 @@ class Told:
     """A trainer that remembers what it is told."""
 
     allowed: dict[str, bool] = field(default_factory=dict)
+    left: dict[str, float | None] = field(default_factory=dict)  # seconds that this holds; None: for good
     calls: int = 0
 
     async def agents(self) -> list[AgentStatus]:
@@ -37,6 +38,7 @@ class Told:
             AgentStatus(
                 agent=name,
                 allowed=allowed,
+                allowed_for=self.left[name],
                 queued=0,
                 batch_size=8,
                 set_aside=0,
@@ -54,6 +56,7 @@ class Told:
     async def set_agent(self, agent: str, training: AgentTraining) -> AgentStatus:
         self.calls += 1
         self.allowed[agent] = bool(training.allowed)
+        self.left[agent] = training.allowed_for
         return next(status for status in await self.agents() if status.agent == agent)
 
 

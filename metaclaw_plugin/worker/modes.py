@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -25,6 +26,8 @@ from metaclaw_plugin.worker.windows import Activity, Window, parse_zone, window_
 logger = logging.getLogger(__name__)
 
 WINDOWS_FACT = "training_windows"  # agent -> {"open", "reason"}
+LEASE = 60.0  # seconds that a window stays open in the trainer when nobody says so again: many rounds
+REMOVED = Window(False, "the agent was removed")
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -70,29 +73,32 @@ class Modes:
         """Tell the trainer of each agent whose permission differs from what its mode says now; returns how many.
 
         What the trainer says it has is compared, not what it was last told, so that a trainer that lost it is told
-        again. One that may not train any more ends its step and keeps what is queued.
+        again. One that may not train any more ends its step and keeps what is queued. A window is told anew before what
+        was told runs out, so that it shuts by itself when this worker is gone.
 
         Raises:
             TrainerUnavailableError: if it does not answer; the next round says it again.
         """
         permissions = await self.permissions()
         await asyncio.to_thread(self._show, permissions)
-        trainer = self._ctx.trainer
-        has = {status.agent: status.allowed for status in await trainer.agents()}
-        told = 0
-        for agent, window in permissions.items():
-            if has.pop(agent, None) is not window.open:
-                try:
-                    await trainer.set_agent(agent, AgentTraining(allowed=window.open))
-                except TrainerRefusedError as error:  # one agent's trouble is not the others'
-                    logger.warning("%s: %s, but the trainer refused to be told: %s", agent, window.reason, error)
-                    continue
-                logger.info("training of %s is %s: %s", agent, "allowed" if window.open else "held", window.reason)
-                told += 1
-        for agent in [agent for agent, allowed in has.items() if allowed]:  # removed here, still known there
-            await trainer.set_agent(agent, AgentTraining(allowed=False))
-            told += 1
-        return told
+        has = {status.agent: status for status in await self._ctx.trainer.agents()}
+        removed = {agent: REMOVED for agent, status in has.items() if status.allowed and agent not in permissions}
+        told = [await self._tell(agent, window, has.get(agent)) for agent, window in (permissions | removed).items()]
+        return sum(told)
+
+    async def _tell(self, agent: str, window: Window, has: AgentStatus | None) -> bool:
+        """Whether the trainer had to be told, and took it."""
+        wanted = _training(window, self._clock())
+        if has is not None and _holds(has, wanted):
+            return False
+        try:
+            await self._ctx.trainer.set_agent(agent, wanted)
+        except TrainerRefusedError as error:  # one agent's trouble is not the others'
+            logger.warning("%s: %s, but the trainer refused to be told: %s", agent, window.reason, error)
+            return False
+        if has is None or has.allowed is not wanted.allowed:
+            logger.info("training of %s is %s: %s", agent, "allowed" if wanted.allowed else "held", window.reason)
+        return True
 
     async def permissions(self) -> dict[str, Window]:
         """For each agent, whether it may be trained now, and why, or why not."""
@@ -113,7 +119,7 @@ class Modes:
 
     async def _window(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
         if agent.mode is Mode.RL:
-            return Window(True, "mode rl")
+            return Window(True, "mode rl", math.inf)
         if agent.mode is not Mode.AUTO:
             return Window(False, f"mode {agent.mode}")
         try:
@@ -121,8 +127,8 @@ class Modes:
             window = window_now(settings, now, activity)
             if not window.open and settings.calendar is not None:
                 zone = parse_zone(settings.time_zone)
-                if await self._calendars.busy_until(settings.calendar, zone, now) is not None:
-                    window = Window(True, "an event of the calendar")
+                if (until := await self._calendars.busy_until(settings.calendar, zone, now)) is not None:
+                    window = Window(True, "an event of the calendar", until)
         except (ConfigError, CalendarError) as error:
             window = Window(False, str(error))
         opinions = await self._ctx.plugins.call("training_window", agent=agent, now=now)
@@ -138,6 +144,23 @@ class Modes:
             with self._ctx.engine.begin() as c:
                 set_fact(c, WINDOWS_FACT, shown)
             self._shown = shown
+
+
+def _training(window: Window, now: float) -> AgentTraining:
+    """What the trainer is told: a window holds for a while, or until it ends if that is sooner; mode rl for good."""
+    if not window.open or window.until == math.inf:
+        return AgentTraining(allowed=window.open)
+    left = LEASE if window.until is None else min(LEASE, window.until - now)
+    return AgentTraining(allowed=True, allowed_for=left) if left > 0 else AgentTraining(allowed=False)
+
+
+def _holds(has: AgentStatus, wanted: AgentTraining) -> bool:
+    """Whether what the trainer has will do for now."""
+    if has.allowed is not wanted.allowed:
+        return False
+    if has.allowed_for is None or wanted.allowed_for is None:
+        return has.allowed_for is wanted.allowed_for
+    return abs(has.allowed_for - wanted.allowed_for) <= LEASE / 2
 
 
 def _look(settings: Settings, engine: Engine) -> list[tuple[Agent, Any, Activity]]:

@@ -2,14 +2,16 @@
 
 A window is open when any of the configured ones is. Every function takes the time as an argument (Unix seconds), so a
 whole day can be tried in a test. A window that closes ends training at the next step boundary: the trainer is told that
-the agent may not train, finishes its step, and keeps what is queued.
+the agent may not train, finishes its step, and keeps what is queued. One that nobody is left to close ends by itself:
+the trainer is told, again and again, for how long the agent may train.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import time as clock_time
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -35,6 +37,7 @@ class Window:
 
     open: bool
     reason: str
+    until: float | None = None  # Unix seconds at which it shuts; None: not known; infinite: it is no window at all
 
 
 def window_now(settings: WindowSettings, now: float, activity: Activity) -> Window:
@@ -48,7 +51,7 @@ def window_now(settings: WindowSettings, now: float, activity: Activity) -> Wind
     zone = parse_zone(settings.time_zone)
     for hours in settings.hours:
         if in_hours(now, hours, zone):
-            return Window(True, f"sleep hours {hours}")
+            return Window(True, f"sleep hours {hours}", _end(now, hours, zone))
     if settings.idle_after is not None:
         last = activity.agent if settings.idle_scope == "agent" else activity.all
         if is_idle(now, last, settings.idle_after):
@@ -79,6 +82,14 @@ def in_hours(now: float, hours: str, zone: tzinfo) -> bool:
     local = datetime.fromtimestamp(now, zone)
     minute = local.hour * 60 + local.minute
     return start <= minute < end if start < end else minute >= start or minute < end
+
+
+def _end(now: float, hours: str, zone: tzinfo) -> float:
+    """When ``hours``, in which ``now`` is, end."""
+    _, end = parse_hours(hours)
+    local = datetime.fromtimestamp(now, zone)
+    day = local.date() if local.hour * 60 + local.minute < end else local.date() + timedelta(days=1)
+    return datetime.combine(day, clock_time(end // 60, end % 60, fold=local.fold), zone).timestamp()
 
 
 def parse_hours(hours: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,7 +31,7 @@ from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store.agents import add_agent, set_settings
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.last_requests import note_requests
-from metaclaw_plugin.worker.modes import Modes
+from metaclaw_plugin.worker.modes import LEASE, Modes
 
 QUARTER = 15  # minutes
 BATCH = 8
@@ -184,6 +185,24 @@ async def test_a_window_that_closes_in_the_middle_of_a_step_lets_it_end_and_noth
     await house.train()
     status = house.status()
     assert (status.newest, status.trained, status.queued) == (3, 3 * BATCH, 0)
+
+
+async def test_a_worker_that_dies_in_a_window_leaves_it_to_shut_by_itself(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, real = Modes(house, clock=lambda: house.now), time.time
+    house.minute = 6 * 60 + 15
+    house.send(3 * BATCH)
+    await modes.round()
+    house.trainer.versions.before_commit = lambda: monkeypatch.setattr(time, "time", lambda: real() + LEASE)
+    await house.train()
+    status = house.status()
+    assert (status.newest, status.trained, status.queued, status.allowed) == (1, BATCH, 2 * BATCH, False)
+    assert "has run out" in (status.idle_reason or "")
+    house.trainer.versions.before_commit = lambda: None
+    await modes.round()
+    await house.train()
+    assert (house.status().trained, house.status().queued) == (3 * BATCH, 0)
 
 
 def _open(minute: int) -> bool:
