@@ -25,7 +25,7 @@ from metaclaw_plugin.worker.windows import parse_calendar
 logger = logging.getLogger(__name__)
 
 REFRESH = 900.0  # seconds between two fetches of a URL
-HORIZON = 6 * 3600.0  # seconds of events that are worked out at once
+HORIZON = 6 * 3600.0  # seconds of events that are worked out at once, and again when half of them have passed
 MAX_BYTES = 8 * 2**20
 FETCH_TIMEOUT = 30.0  # seconds, from the first byte sent to the last one received
 PATIENCE = 5.0  # seconds that a round waits for a calendar to be read
@@ -84,7 +84,7 @@ class Calendars:
             if entry.lost is None and entry.text is not None:
                 logger.warning("%s; it goes on as it was last read", why)
             entry.lost = why
-        if entry.text is None or (not changed and entry.known[0] <= now < entry.known[1]):
+        if entry.text is None or (not changed and entry.known[0] <= now < entry.known[1] - HORIZON / 2):
             return
         try:
             entry.busy, entry.broken = await work_out(entry.text, zone, now, now + HORIZON), None

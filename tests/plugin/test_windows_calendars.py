@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -17,7 +17,7 @@ from metaclaw_plugin.errors import CalendarError
 from metaclaw_plugin.worker import calendar_events
 from metaclaw_plugin.worker import calendars as module
 from metaclaw_plugin.worker.calendar_events import busy_times
-from metaclaw_plugin.worker.calendars import MAX_BYTES, REFRESH, Calendars
+from metaclaw_plugin.worker.calendars import HORIZON, MAX_BYTES, REFRESH, Calendars
 
 BERLIN = ZoneInfo("Europe/Berlin")
 DAY = 86400.0
@@ -129,6 +129,28 @@ async def test_an_event_that_recurs_without_measure_is_given_up_and_its_process_
     with pytest.raises(CalendarError, match="longer than"):
         await calendars.busy_until(str(file), BERLIN, now + 60)
     assert time.monotonic() - began < 1.0  # told from memory
+
+
+async def test_what_is_to_come_is_worked_out_ahead_so_that_no_event_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, now = tmp_path / "c.ics", utc("2026-11-23T12:30")
+    file.write_text("any", encoding="utf-8")
+    asked: list[float] = []
+
+    async def slow(text: bytes, zone: tzinfo, start: float, end: float) -> list[tuple[float, float]]:
+        asked.append(start)
+        await asyncio.sleep(0.0 if len(asked) == 1 else 60.0)
+        return [(now, now + DAY)]
+
+    monkeypatch.setattr(module, "work_out", slow)
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    calendars = Calendars(httpx.AsyncClient(verify=False))
+    for after in (0.0, HORIZON * 0.4, HORIZON * 0.6, HORIZON * 0.9):
+        assert await calendars.busy_until(str(file), BERLIN, now + after) == now + DAY
+    assert asked == [now, now + HORIZON * 0.6]
+    with pytest.raises(CalendarError, match="has not been worked out yet"):
+        await calendars.busy_until(str(file), BERLIN, now + HORIZON)
 
 
 class Slow(httpx.AsyncByteStream):
