@@ -128,7 +128,7 @@ class WindowSettings(Section):
     time_zone: str | None = Field(None, description="Zone of the hours, such as Europe/Berlin; unset: this machine's.")
     idle_after: float | None = Field(None, gt=0, description="Seconds without a request that open a window.")
     idle_scope: Literal["agent", "all"] = Field("agent", description="Whose requests count: the agent's own, or all.")
-    calendar: str | None = Field(None, description="ICS file or URL; its events are windows.")
+    calendar: str | None = Field(None, description="Whole path or URL of an ICS file; its events are windows.")
 
 
 class VllmSettings(Section):

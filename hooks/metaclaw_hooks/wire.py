@@ -15,9 +15,9 @@ worker ── POST /v1/agents/{agent}/train ► trainer     take a step now with
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metaclaw_hooks.types import AdapterVersion, Sample, SampleTurn, VersionState
 
@@ -137,12 +137,22 @@ class AgentTraining(Wire):
     """What the worker sets for one agent; ``None`` keeps what is set."""
 
     allowed: bool | None = None  # may train now (mode and windows)
+    # Seconds from receipt that ``allowed`` holds unless it is said again, for a window that must end though nobody is
+    # there to shut it; ``None``: until it is said otherwise.
+    allowed_for: float | None = Field(default=None, gt=0, le=3600)
     batch_size: int | None = Field(default=None, ge=1, le=4096)  # samples a step
+
+    @model_validator(mode="after")
+    def _ends_what_is_allowed(self) -> Self:
+        if self.allowed_for is not None and not self.allowed:
+            raise ValueError("allowed_for says how long a permission holds; send it with allowed: true")
+        return self
 
 
 class AgentStatus(Wire):
     agent: AgentName
-    allowed: bool
+    allowed: bool  # may train now
+    allowed_for: float | None  # seconds that this holds from now on; None: until the worker says otherwise
     queued: int  # samples waiting
     batch_size: int
     set_aside: int  # samples that will not be trained, with reasons in the trainer's store

@@ -66,7 +66,7 @@ def _change(own: dict[str, dict[str, Any]], change: str, settings: Settings) -> 
     from metaclaw_plugin.errors import ConfigError
     from metaclaw_plugin.settings import WindowSettings
     from metaclaw_plugin.worker.modes import with_own
-    from metaclaw_plugin.worker.windows import parse_hours, parse_zone
+    from metaclaw_plugin.worker.windows import check_windows
 
     path, equals, text = change.partition("=")
     section, _, key = path.partition(".")
@@ -88,6 +88,4 @@ def _change(own: dict[str, dict[str, Any]], change: str, settings: Settings) -> 
         raise ConfigError(f"{change!r}: the value cannot be read as YAML") from error
     checked = with_own(known[section], values)
     if isinstance(checked, WindowSettings):
-        parse_zone(checked.time_zone)
-        for hours in checked.hours:
-            parse_hours(hours)
+        check_windows(checked)

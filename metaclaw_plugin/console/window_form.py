@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.settings import WindowSettings
 from metaclaw_plugin.worker.modes import with_own
-from metaclaw_plugin.worker.windows import Activity, window_now
+from metaclaw_plugin.worker.windows import check_windows
 
 
 def window_fields(everyone: WindowSettings, own: Any) -> dict[str, dict[str, str]]:
@@ -39,8 +38,7 @@ def read_windows(fields: Mapping[str, str], everyone: WindowSettings) -> dict[st
             own["idle_after"] = float(idle)
         except ValueError as error:
             raise ConfigError(f"idle: {idle[:40]!r} is no number of seconds") from error
-    merged = with_own(everyone, own or None)
-    window_now(merged, time.time(), Activity(None, None))  # says what is wrong with hours and zone
+    check_windows(with_own(everyone, own or None))
     return own
 
 

@@ -57,6 +57,7 @@ class CurrentRequest:
     recording: Recording | None = None  # of the last attempt
     response_id: str | None = None  # as the client sees it
     committed: bool = False
+    counted_as: str | None = None  # whose traffic it is, while it is on its way; None: nobody waits for it
     upstream_key: str | None = field(default=None, repr=False)  # the caller's own, for the owner's deployments
     data: dict[str, Any] = field(default_factory=dict, repr=False)  # LiteLLM's request, as it was prepared
 

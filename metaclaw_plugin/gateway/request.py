@@ -23,6 +23,7 @@ from metaclaw_plugin.errors import StoreError
 from metaclaw_plugin.gateway.collecting import AT_FAULT, Collector
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
+from metaclaw_plugin.gateway.heartbeat import beat
 from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_identity
 from metaclaw_plugin.gateway.keeping import Keeper, in_background
 from metaclaw_plugin.gateway.keys import VirtualKeyCache
@@ -30,6 +31,7 @@ from metaclaw_plugin.gateway.metrics import Metrics
 from metaclaw_plugin.gateway.planning import Asked, Planner
 from metaclaw_plugin.gateway.routing import UPSTREAM, InFlight
 from metaclaw_plugin.gateway.sessions import RequestEvidence
+from metaclaw_plugin.gateway.traffic import Traffic
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.injection import Injection
 from metaclaw_plugin.skills.library import Library
@@ -58,6 +60,7 @@ class Gateway:
         self.settings = settings
         self.metrics = metrics
         self.in_flight = InFlight(engine)
+        self.traffic = Traffic(engine)
         self._library = library
         self._plugins = plugins
         self._store = GroupCommit(engine)
@@ -74,7 +77,7 @@ class Gateway:
         self._open += 1
         if not self._started:
             self._started = True
-            in_background(self.in_flight.run())
+            in_background(beat({"requests in flight": self.in_flight.flush, "the last requests": self.traffic.flush}))
             if AT_FAULT:
                 in_background(Collector().run())
 
@@ -138,6 +141,8 @@ class Gateway:
     def close_request(self, current: CurrentRequest) -> None:
         """The request has ended, one way or another: what is not stored yet is queued, without a wait."""
         self._open -= 1
+        if current.counted_as is not None:
+            self.traffic.ended(current.counted_as)
         if current.plan is None:
             return
         if current.plan.ticket is not None:
@@ -158,6 +163,8 @@ class Gateway:
         agent = choose_agent(identity, current.headers, None if listed else data.get("model"))
         if agent is None and not identity.internal:
             self.metrics.count("requests_without_agent", "", 1)
+        if not identity.internal:
+            current.counted_as = self.traffic.began(agent)
         return agent
 
     async def _of_virtual_key(self, key: KeyFacts) -> Identity:

@@ -8,13 +8,11 @@ How a version is unloaded without a request ever meeting its absence:
     4. the worker retires the old version in a transaction that locks it and finds no such row and no open exchange
 
 So a request begins either before 4, which then sees it, or after 4, and then on another version. The rows are kept by
-counts in memory that a task writes out: a busy gateway writes once per version and beat, not once per request.
+counts in memory that the heartbeat writes out: a busy gateway writes once per version and beat, not once per request.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import socket
 import threading
@@ -33,12 +31,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from metaclaw_plugin.store.engine import dialect_insert
 from metaclaw_plugin.store.schema import adapters, in_flight, routes, sessions
 
-logger = logging.getLogger(__name__)
-
 UPSTREAM = "metaclaw"  # the wildcard deployment of the LiteLLM config: metaclaw/*
 BASE_MODEL_NAME = "metaclaw-base"  # the name under which vLLM serves the base model
-
-HEARTBEAT = 1.0  # seconds between two writes of a process's counts
 
 # Built once: to build a statement costs more than to run it, and these are run for every request.
 _SERVING = (
@@ -175,21 +169,6 @@ class InFlight:
             raise
         with self._lock:
             self._announced.update(key for key in busy if key in self._counts)
-
-    async def run(self, interval: float = HEARTBEAT) -> None:
-        """Flush every ``interval`` seconds until cancelled, and once more then."""
-        try:
-            while True:
-                await asyncio.sleep(interval)
-                await asyncio.to_thread(self._flush_or_log)
-        finally:
-            self._flush_or_log()
-
-    def _flush_or_log(self) -> None:
-        try:
-            self.flush()
-        except SQLAlchemyError as error:
-            logger.warning("the counts of requests in flight could not be written: %s", type(error).__name__)
 
     def _next_stamp(self) -> float:
         # Rises even if the clock is set back: a delete must never catch a row that was written after it was decided.

@@ -195,6 +195,7 @@ def remove_agent(c: Connection, name: str) -> int:
     removed = c.execute(own).rowcount
     c.execute(sa.delete(schema.key_agents).where(schema.key_agents.c.agent == name))
     c.execute(sa.delete(schema.routes).where(schema.routes.c.agent == name))
+    c.execute(sa.delete(schema.last_requests).where(schema.last_requests.c.agent == name))
     c.execute(sa.delete(schema.agents).where(schema.agents.c.name == name))
     return removed
 

@@ -242,6 +242,14 @@ in_flight = sa.Table(
     ),  # heartbeat, rising per process: one that stands still is of a dead process
 )
 
+# When each agent was last asked for anything, and when anyone was, kept or not: one row each, for idle windows.
+last_requests = sa.Table(
+    "last_requests",
+    metadata,
+    sa.Column("agent", sa.String(63), primary_key=True),  # "": anyone
+    sa.Column("at", sa.Float, nullable=False),
+)
+
 # Things counted across processes: lost traces, failed hooks, refused samples.
 counters = sa.Table(
     "counters",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import httpx
-import sqlalchemy as sa
 from metaclaw_hooks.types import Agent, Mode
 from metaclaw_hooks.wire import AgentStatus, AgentTraining
 from pydantic import ValidationError
@@ -19,13 +19,15 @@ from metaclaw_plugin.errors import CalendarError, ConfigError, TrainerRefusedErr
 from metaclaw_plugin.settings import Section, Settings
 from metaclaw_plugin.store.agents import list_agents
 from metaclaw_plugin.store.facts import set_fact
-from metaclaw_plugin.store.schema import sessions
+from metaclaw_plugin.store.last_requests import ANYONE, read_last_requests
 from metaclaw_plugin.worker.calendars import Calendars
 from metaclaw_plugin.worker.windows import Activity, Window, parse_zone, window_now
 
 logger = logging.getLogger(__name__)
 
 WINDOWS_FACT = "training_windows"  # agent -> {"open", "reason"}
+LEASE = 60.0  # seconds that a window stays open in the trainer when nobody says so again: many rounds
+REMOVED = Window(False, "the agent was removed")
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -71,39 +73,53 @@ class Modes:
         """Tell the trainer of each agent whose permission differs from what its mode says now; returns how many.
 
         What the trainer says it has is compared, not what it was last told, so that a trainer that lost it is told
-        again. One that may not train any more ends its step and keeps what is queued.
+        again. One that may not train any more ends its step and keeps what is queued. A window is told anew before what
+        was told runs out, so that it shuts by itself when this worker is gone.
 
         Raises:
             TrainerUnavailableError: if it does not answer; the next round says it again.
         """
         permissions = await self.permissions()
         await asyncio.to_thread(self._show, permissions)
-        trainer = self._ctx.trainer
-        has = {status.agent: status.allowed for status in await trainer.agents()}
-        told = 0
-        for agent, window in permissions.items():
-            if has.pop(agent, None) is not window.open:
-                try:
-                    await trainer.set_agent(agent, AgentTraining(allowed=window.open))
-                except TrainerRefusedError as error:  # one agent's trouble is not the others'
-                    logger.warning("%s: %s, but the trainer refused to be told: %s", agent, window.reason, error)
-                    continue
-                logger.info("training of %s is %s: %s", agent, "allowed" if window.open else "held", window.reason)
-                told += 1
-        for agent in [agent for agent, allowed in has.items() if allowed]:  # removed here, still known there
-            await trainer.set_agent(agent, AgentTraining(allowed=False))
-            told += 1
-        return told
+        has = {status.agent: status for status in await self._ctx.trainer.agents()}
+        removed = {agent: REMOVED for agent, status in has.items() if status.allowed and agent not in permissions}
+        told = [await self._tell(agent, window, has.get(agent)) for agent, window in (permissions | removed).items()]
+        return sum(told)
+
+    async def _tell(self, agent: str, window: Window, has: AgentStatus | None) -> bool:
+        """Whether the trainer had to be told, and took it."""
+        wanted = _training(window, self._clock())
+        if has is not None and _holds(has, wanted):
+            return False
+        try:
+            await self._ctx.trainer.set_agent(agent, wanted)
+        except TrainerRefusedError as error:  # one agent's trouble is not the others'
+            logger.warning("%s: %s, but the trainer refused to be told: %s", agent, window.reason, error)
+            return False
+        if has is None or has.allowed is not wanted.allowed:
+            logger.info("training of %s is %s: %s", agent, "allowed" if wanted.allowed else "held", window.reason)
+        return True
 
     async def permissions(self) -> dict[str, Window]:
         """For each agent, whether it may be trained now, and why, or why not."""
         now = self._clock()
         agents = await asyncio.to_thread(_look, self._ctx.settings, self._ctx.engine)
-        return {agent.name: await self._window(agent, own, activity, now) for agent, own, activity in agents}
+        windows = await asyncio.gather(*(self._apart(agent, own, activity, now) for agent, own, activity in agents))
+        return {agent.name: window for (agent, _, _), window in zip(agents, windows, strict=True)}
+
+    async def _apart(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
+        """One agent's window; what goes wrong with it shuts it, and no other's."""
+        try:
+            return await self._window(agent, own, activity, now)
+        except Exception as error:  # isolation boundary: all others' windows must go on closing
+            window = Window(False, f"its window could not be worked out ({type(error).__name__}): see the worker's log")
+            if (self._shown or {}).get(agent.name, {}).get("reason") != window.reason:
+                logger.exception("the window of %s could not be worked out and is kept shut", agent.name)
+            return window
 
     async def _window(self, agent: Agent, own: Any, activity: Activity, now: float) -> Window:
         if agent.mode is Mode.RL:
-            return Window(True, "mode rl")
+            return Window(True, "mode rl", math.inf)
         if agent.mode is not Mode.AUTO:
             return Window(False, f"mode {agent.mode}")
         try:
@@ -111,8 +127,8 @@ class Modes:
             window = window_now(settings, now, activity)
             if not window.open and settings.calendar is not None:
                 zone = parse_zone(settings.time_zone)
-                if await self._calendars.is_busy(settings.calendar, zone, now):
-                    window = Window(True, "an event of the calendar")
+                if (until := await self._calendars.busy_until(settings.calendar, zone, now)) is not None:
+                    window = Window(True, "an event of the calendar", until)
         except (ConfigError, CalendarError) as error:
             window = Window(False, str(error))
         opinions = await self._ctx.plugins.call("training_window", agent=agent, now=now)
@@ -130,19 +146,29 @@ class Modes:
             self._shown = shown
 
 
+def _training(window: Window, now: float) -> AgentTraining:
+    """What the trainer is told: a window holds for a while, or until it ends if that is sooner; mode rl for good."""
+    if not window.open or window.until == math.inf:
+        return AgentTraining(allowed=window.open)
+    left = LEASE if window.until is None else min(LEASE, window.until - now)
+    return AgentTraining(allowed=True, allowed_for=left) if left > 0 else AgentTraining(allowed=False)
+
+
+def _holds(has: AgentStatus, wanted: AgentTraining) -> bool:
+    """Whether what the trainer has will do for now."""
+    if has.allowed is not wanted.allowed:
+        return False
+    if has.allowed_for is None or wanted.allowed_for is None:
+        return has.allowed_for is wanted.allowed_for
+    return abs(has.allowed_for - wanted.allowed_for) <= LEASE / 2
+
+
 def _look(settings: Settings, engine: Engine) -> list[tuple[Agent, Any, Activity]]:
     """All agents with the windows that the owner set for each alone, and when requests came last."""
     with engine.connect() as c:
         agents = [(record.agent(settings.mode), record.settings.get("windows")) for record in list_agents(c)]
-        automatic = [agent.name for agent, _ in agents if agent.mode is Mode.AUTO]
-        everyone: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at))) if automatic else None
-        newest = {name: _last_request(c, name) for name in automatic}
-    return [(agent, own, Activity(newest.get(agent.name), everyone)) for agent, own in agents]
-
-
-def _last_request(c: sa.Connection, agent: str) -> float | None:
-    last: float | None = c.scalar(sa.select(sa.func.max(sessions.c.last_at)).where(sessions.c.agent == agent))
-    return last
+        seen = read_last_requests(c)
+    return [(agent, own, Activity(seen.get(agent.name), seen.get(ANYONE))) for agent, own in agents]
 
 
 def with_own(section: SectionT, own: Any) -> SectionT:

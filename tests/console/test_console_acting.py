@@ -136,6 +136,7 @@ def test_mode_and_windows_are_the_agents_own(filled: House, admin: Browser) -> N
         {"hours": "25:00-07:00"},
         {"time_zone": "Mars/North", "hours": "01:00-02:00"},
         {"idle_after": "-1"},
+        {"calendar": "webcal://c.example/work.ics"},
     ],
 )
 def test_settings_that_cannot_be_used_change_nothing(filled: House, admin: Browser, fields: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,8 +30,8 @@ from sqlalchemy.engine import Engine
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store.agents import add_agent, set_settings
 from metaclaw_plugin.store.engine import open_store
-from metaclaw_plugin.store.schema import sessions
-from metaclaw_plugin.worker.modes import Modes
+from metaclaw_plugin.store.last_requests import note_requests
+from metaclaw_plugin.worker.modes import LEASE, Modes
 
 QUARTER = 15  # minutes
 BATCH = 8
@@ -134,7 +135,7 @@ def house(tiny_model: Path, tmp_path: Path) -> Iterator[House]:
     with engine.begin() as c:
         add_agent(c, "ada", Mode.AUTO)
         set_settings(c, "ada", {"windows": windows})
-        c.execute(sessions.insert().values(**SESSION))
+        note_requests(c, {"ada": 0.0})
     plugins = create_plugin_manager(packages=False)
     yield House(Settings(home=tmp_path), engine, trainer, plugins, httpx.AsyncClient(trust_env=False))
     plugins.close()
@@ -149,7 +150,7 @@ async def test_a_day_in_which_auto_trains_inside_its_windows_alone(house: House)
         if 7 * 60 <= house.minute < 20 * 60:  # someone talks to the agent, from 7 in the morning to 8 in the evening
             house.send(2)
             with house.engine.begin() as c:
-                c.execute(sessions.update().values(last_at=house.now))
+                note_requests(c, {"ada": house.now})
         await modes.round()
         await house.train()
     assert house.made_at
@@ -170,7 +171,7 @@ async def test_a_window_that_closes_in_the_middle_of_a_step_lets_it_end_and_noth
     def close() -> None:
         house.minute = 8 * 60
         with house.engine.begin() as c:
-            c.execute(sessions.update().values(last_at=house.now))
+            note_requests(c, {"ada": house.now})
         asyncio.run_coroutine_threadsafe(modes.round(), loop).result(30)
 
     house.trainer.versions.before_commit = close
@@ -186,20 +187,26 @@ async def test_a_window_that_closes_in_the_middle_of_a_step_lets_it_end_and_noth
     assert (status.newest, status.trained, status.queued) == (3, 3 * BATCH, 0)
 
 
+async def test_a_worker_that_dies_in_a_window_leaves_it_to_shut_by_itself(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, real = Modes(house, clock=lambda: house.now), time.time
+    house.minute = 6 * 60 + 15
+    house.send(3 * BATCH)
+    await modes.round()
+    house.trainer.versions.before_commit = lambda: monkeypatch.setattr(time, "time", lambda: real() + LEASE)
+    await house.train()
+    status = house.status()
+    assert (status.newest, status.trained, status.queued, status.allowed) == (1, BATCH, 2 * BATCH, False)
+    assert "has run out" in (status.idle_reason or "")
+    house.trainer.versions.before_commit = lambda: None
+    await modes.round()
+    await house.train()
+    assert (house.status().trained, house.status().queued) == (3 * BATCH, 0)
+
+
 def _open(minute: int) -> bool:
     asleep = minute < 6 * 60 + 30 or minute >= 23 * 60
     meeting = 10 * 60 <= minute < 11 * 60
     idle = minute < 7 * 60 or minute >= 19 * 60 + 45 + 120  # the last word falls at 19:45
     return asleep or meeting or idle
-
-
-SESSION = {
-    "id": "s1",
-    "agent": "ada",
-    "evidence": "x-session-id",
-    "evidence_key": "k",
-    "started_at": 0.0,
-    "last_at": 0.0,
-    "held_out": False,
-    "without_skills": [],
-}

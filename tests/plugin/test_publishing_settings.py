@@ -65,6 +65,8 @@ def test_an_agent_gets_a_gate_and_windows_of_its_own_and_loses_them_again(engine
         "windows.hours=[25:00-26:00]",
         "windows.hours=[",
         "windows.time_zone=Mars/Olympus",
+        "windows.calendar=http://x:abc/c.ics",
+        "windows.calendar=work.ics",
         "publish.canary_share=2",
     ],
 )

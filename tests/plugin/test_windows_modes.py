@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any
-from zoneinfo import ZoneInfo
 
-import httpx
 import pytest
 from metaclaw_hooks.types import Mode
-from metaclaw_hooks.wire import AgentStatus, AgentTraining
-from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import ConfigError
-from metaclaw_plugin.settings import Settings, WindowSettings
+from metaclaw_plugin.settings import WindowSettings
 from metaclaw_plugin.store.agents import add_agent, list_agents, remove_agent, set_global_mode, set_mode, set_settings
-from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.facts import get_fact
-from metaclaw_plugin.store.schema import sessions
-from metaclaw_plugin.worker.modes import WINDOWS_FACT, Modes
-from metaclaw_plugin.worker.windows import Activity, Window, window_now
-
-BERLIN = ZoneInfo("Europe/Berlin")
-
-
-def at(text: str) -> float:
-    """Berlin time as Unix seconds."""
-    return datetime.fromisoformat(text).replace(tzinfo=BERLIN).timestamp()
+from metaclaw_plugin.store.last_requests import ANYONE, note_requests
+from metaclaw_plugin.worker.modes import WINDOWS_FACT
+from metaclaw_plugin.worker.windows import Activity, Window, check_windows, window_now
+from tests.windows_cases import Context, at, make_context
 
 
 @pytest.mark.parametrize(
@@ -73,68 +59,33 @@ def test_a_zone_that_is_none_is_refused() -> None:
         window_now(WindowSettings(hours=["01:00-02:00"], time_zone="Europe/Atlantis"), 0.0, Activity(None, None))
 
 
-@dataclass
-class Told:
-    """A trainer that remembers what it is told."""
-
-    allowed: dict[str, bool] = field(default_factory=dict)
-    calls: int = 0
-
-    async def agents(self) -> list[AgentStatus]:
-        return [
-            AgentStatus(
-                agent=name,
-                allowed=allowed,
-                queued=0,
-                batch_size=8,
-                set_aside=0,
-                trained=0,
-                step=0,
-                head=0,
-                newest=0,
-                training=False,
-                idle_reason=None,
-                metrics={},
-            )
-            for name, allowed in self.allowed.items()
-        ]
-
-    async def set_agent(self, agent: str, training: AgentTraining) -> AgentStatus:
-        self.calls += 1
-        self.allowed[agent] = bool(training.allowed)
-        return next(status for status in await self.agents() if status.agent == agent)
+@pytest.mark.parametrize(
+    ("calendar", "complaint"),
+    [
+        ("http://x:abc/secret.ics", "no URL: Invalid port"),
+        ("https:///secret.ics", "names no host"),
+        ("webcal://c.example/secret.ics", "write https://"),
+        ("~no-such-user-here.ics", "name of no user"),
+        ("secret.ics", "write a whole path"),
+        ("c.example/secret.ics", "write a whole path"),
+        ("/c\x00.ics", "write a whole path"),
+        ("", "write a whole path"),
+    ],
+)
+def test_a_calendar_that_is_written_as_none_is_refused_in_words(calendar: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        check_windows(WindowSettings(calendar=calendar))
+    assert "secret" not in str(caught.value)
 
 
-@dataclass
-class Plugins:
-    """Opinions about windows, by plugin name."""
-
-    opinions: list[tuple[str, bool]] = field(default_factory=list)
-
-    async def call(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]:
-        assert hook == "training_window"
-        assert kwargs["agent"].mode is Mode.AUTO
-        return self.opinions
-
-
-@dataclass
-class Context:
-    settings: Settings
-    engine: Engine
-    trainer: Told
-    plugins: Plugins
-    http: httpx.AsyncClient
-    now: float = 0.0
-
-    @property
-    def modes(self) -> Modes:
-        return Modes(self, clock=lambda: self.now)
+def test_addresses_and_whole_paths_are_calendars() -> None:
+    for calendar in ("/c.ics", "~/c.ics", "https://c.example/a%20b.ics?x=1", "HTTP://c.example:8080/c.ics"):
+        check_windows(WindowSettings(calendar=calendar))
 
 
 @pytest.fixture
 def ctx(tmp_path: Path) -> Context:
-    engine = open_store(f"sqlite:///{tmp_path / 'metaclaw.db'}")
-    return Context(Settings(home=tmp_path, mode=Mode.RL), engine, Told(), Plugins(), httpx.AsyncClient(verify=False))
+    return make_context(tmp_path)
 
 
 async def test_the_trainer_is_told_what_differs_and_nothing_else(ctx: Context) -> None:
@@ -217,14 +168,13 @@ async def test_a_day_in_which_auto_trains_inside_its_windows_alone(ctx: Context,
     with ctx.engine.begin() as c:
         add_agent(c, "ada", Mode.AUTO)
         set_settings(c, "ada", {"windows": windows})
-        c.execute(sessions.insert().values(SESSION | {"agent": "ada"}))
     modes, day = ctx.modes, at("2026-11-23T00:00:00")  # a Monday
     open_at: list[int] = []
     for minute in range(0, 24 * 60, 5):
         ctx.now = day + minute * 60
         if 7 * 60 <= minute < 20 * 60:  # someone talks to the agent all day long
             with ctx.engine.begin() as c:
-                c.execute(sessions.update().values(last_at=ctx.now))
+                note_requests(c, {"ada": ctx.now, ANYONE: ctx.now})
         await modes.round()
         if ctx.trainer.allowed["ada"]:
             open_at.append(minute)
@@ -240,16 +190,6 @@ def _is_window(minute: int) -> bool:
     idle = minute < 7 * 60 or minute >= 19 * 60 + 55 + 120  # talk from 07:00 to 19:55
     return sleeping or meeting or idle
 
-
-SESSION = {
-    "id": "s1",
-    "evidence": "x-session-id",
-    "evidence_key": "k",
-    "started_at": 0.0,
-    "last_at": 0.0,
-    "held_out": False,
-    "without_skills": [],
-}
 
 WORK = """BEGIN:VCALENDAR
 VERSION:2.0

@@ -223,6 +223,7 @@ def test_what_no_vllm_can_hold_is_reported_with_the_reason(trainer: TrainerServe
         ("PUT", "/v1/agents/..%2F..%2Fetc", '{"allowed": true}', 404, "Not Found"),
         ("PUT", "/v1/agents/alpha", '{"alowed": true}', 422, "alowed"),
         ("PUT", "/v1/agents/alpha", '{"batch_size": 0}', 422, "batch_size"),
+        ("PUT", "/v1/agents/alpha", '{"allowed_for": 60}', 422, "send it with allowed: true"),
         ("PUT", "/v1/agents/alpha", "{", 422, "JSON"),
         ("POST", "/v1/samples", "{", 422, "no JSON"),
         ("POST", "/v1/samples", "[]", 422, "samples"),

@@ -29,6 +29,15 @@ def raise_generation(c: sa.Connection, name: str) -> None:
     c.execute(agents.update().where(agents.c.name == name).values(head_generation=agents.c.head_generation + 1))
 
 
+def may_train(now: float) -> sa.ColumnElement[bool]:
+    """Whether an agent's row allows a step at ``now`` (Unix seconds): the worker said so, and that still holds.
+
+    What was allowed after ``now`` was so by a clock that was set back since: nothing tells how long ago that is.
+    """
+    holds = sa.and_(agents.c.allowed_from <= now, agents.c.allowed_until > now)
+    return sa.and_(agents.c.allowed, sa.or_(agents.c.allowed_until.is_(None), holds))
+
+
 class AgentBook:
     """Settings and status of agents over the store."""
 
@@ -38,7 +47,11 @@ class AgentBook:
 
     def set_training(self, name: str, wanted: AgentTraining) -> AgentStatus:
         """Set what is not ``None``; the agent is made if there is none of that name."""
-        values = wanted.model_dump(exclude_none=True)
+        values = wanted.model_dump(exclude_none=True, exclude={"allowed_for"})
+        if wanted.allowed is not None:
+            now = time.time()
+            until = None if wanted.allowed_for is None else now + wanted.allowed_for
+            values |= {"allowed_from": now, "allowed_until": until}
         with self._store.write() as c:
             ensure_agent(c, name)
             if values:
@@ -73,7 +86,8 @@ class AgentBook:
 
     def statuses(self, name: str | None = None) -> list[AgentStatus]:
         """Where all agents stand (or one), by name."""
-        query = sa.select(agents).order_by(agents.c.name)
+        now = time.time()
+        query = sa.select(agents, may_train(now).label("may_train")).order_by(agents.c.name)
         counts = sa.select(samples.c.agent, samples.c.state, sa.func.count().label("n")).group_by(
             samples.c.agent, samples.c.state
         )
@@ -83,20 +97,23 @@ class AgentBook:
             rows = c.execute(query).all()
             by_state = {(row.agent, row.state): row.n for row in c.execute(counts)}
             reasons = {row.name: self._top_reason(c, row.name) for row in rows if by_state.get((row.name, "set_aside"))}
-        return [self._status(row, by_state, reasons.get(row.name)) for row in rows]
+        return [self._status(row, by_state, reasons.get(row.name), now) for row in rows]
 
     def _top_reason(self, c: sa.Connection, name: str) -> str | None:
         query = sa.select(samples.c.reason).where(samples.c.agent == name, samples.c.state == "set_aside")
         return c.scalar(query.order_by(samples.c.settled_at.desc()).limit(1))
 
-    def _status(self, row: sa.Row[Any], by_state: dict[tuple[str, str], int], reason: str | None) -> AgentStatus:
+    def _status(
+        self, row: sa.Row[Any], by_state: dict[tuple[str, str], int], reason: str | None, now: float
+    ) -> AgentStatus:
         def count(state: str) -> int:
             return by_state.get((row.name, state), 0)
 
         size = row.batch_size or self._batch_size
         return AgentStatus(
             agent=row.name,
-            allowed=row.allowed,
+            allowed=row.may_train,
+            allowed_for=row.allowed_until - now if row.may_train and row.allowed_until is not None else None,
             queued=count("waiting"),
             batch_size=size,
             set_aside=count("set_aside"),
@@ -124,4 +141,9 @@ def idle_reason(row: sa.Row[Any], waiting: int, size: int, set_aside: int, reaso
         return f"{waiting} of {size} samples are waiting{aside}"
     if not row.allowed:
         return f"{waiting} samples are waiting, but the worker does not allow training now (mode or window){aside}"
+    if not row.may_train:
+        return (
+            f"{waiting} samples are waiting, but what the worker allowed has run out and it did not say so again: "
+            f"does it run, and reach this trainer?{aside}"
+        )
     return None

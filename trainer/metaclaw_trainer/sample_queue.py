@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from metaclaw_hooks.types import Sample
 
-from metaclaw_trainer.agents import ensure_agent, raise_generation
+from metaclaw_trainer.agents import ensure_agent, may_train, raise_generation
 from metaclaw_trainer.codec import decode_sample, encode_sample
 from metaclaw_trainer.lineage import learned_from, with_descendants
 from metaclaw_trainer.schema import agents, proofs, recalled_traces, sample_traces, samples
@@ -194,7 +194,7 @@ class StoredQueue:
             .join(waiting, waiting.c.agent == agents.c.name)
             .where(
                 sa.or_(agents.c.owner.is_(None), agents.c.owner == self._owner),
-                sa.or_(sa.and_(agents.c.allowed, waiting.c.n >= size), agents.c.train_now),
+                sa.or_(sa.and_(may_train(now), waiting.c.n >= size), agents.c.train_now),
                 sa.or_(agents.c.retry_at.is_(None), ~paused, agents.c.train_now),
             )
             .order_by(waiting.c.oldest)

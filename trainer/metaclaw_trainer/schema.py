@@ -64,7 +64,9 @@ agents = sa.Table(
     "agents",
     metadata,
     sa.Column("name", sa.String(63), primary_key=True),
-    sa.Column("allowed", sa.Boolean, nullable=False),  # may train now; the worker says
+    sa.Column("allowed", sa.Boolean, nullable=False),  # may train, as the worker said last
+    sa.Column("allowed_from", sa.Float),  # when it said so, and until when that holds; null: until it says otherwise
+    sa.Column("allowed_until", sa.Float),
     sa.Column("batch_size", sa.Integer),  # samples a step; null: the setting
     sa.Column("train_now", sa.Boolean, nullable=False),  # take a step with what is queued
     sa.Column("head", sa.Integer, nullable=False),  # version that the next step starts from; 0: the base model

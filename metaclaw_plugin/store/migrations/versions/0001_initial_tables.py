@@ -123,6 +123,12 @@ def upgrade() -> None:  # noqa: PLR0915 - one statement a table
         sa.UniqueConstraint("hash"),
     )
     op.create_table(
+        "last_requests",
+        sa.Column("agent", sa.String(length=63), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("agent"),
+    )
+    op.create_table(
         "leases",
         sa.Column("name", sa.String(length=100), nullable=False),
         sa.Column("owner", sa.String(length=64), nullable=False),

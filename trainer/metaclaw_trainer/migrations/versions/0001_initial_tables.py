@@ -16,6 +16,8 @@ def upgrade() -> None:
         "agents",
         sa.Column("name", sa.String(length=63), nullable=False),
         sa.Column("allowed", sa.Boolean(), nullable=False),
+        sa.Column("allowed_from", sa.Float(), nullable=True),
+        sa.Column("allowed_until", sa.Float(), nullable=True),
         sa.Column("batch_size", sa.Integer(), nullable=True),
         sa.Column("train_now", sa.Boolean(), nullable=False),
         sa.Column("head", sa.Integer(), nullable=False),
