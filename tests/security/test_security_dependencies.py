@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.check_sbom import differences
+from scripts.check_sbom import main as check_sbom
 from tests.security.house import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,16 +30,56 @@ def test_every_package_of_the_lock_has_a_version_and_hashes_and_none_comes_from_
         assert " @ " not in line
 
 
+ONE, TWO, WRONG = "00" * 32, "11" * 32, "22" * 32
+SMALL_LOCK = f"""# made by hand
+a==1 \\
+    --hash=sha256:{ONE} \\
+    --hash=sha256:{TWO}
+b-c==2.0 ; sys_platform == 'win32' \\
+    --hash=sha256:{TWO}
+"""
+
+
+def listed(name: str, version: str, *hashes: str) -> dict[str, Any]:
+    found = [{"alg": "SHA-256", "content": one} for one in hashes]
+    return {"name": name, "version": version, "externalReferences": [{"hashes": found}]}
+
+
+def unlike(*components: dict[str, Any], lock: str = SMALL_LOCK) -> list[str]:
+    return differences(lock, json.dumps({"components": components}))
+
+
 def test_a_list_that_leaves_something_out_is_noticed() -> None:
-    lock = "a==1 \\\n    --hash=sha256:00\nb-c==2.0 ; sys_platform == 'win32' \\\n    --hash=sha256:11\n"
-    hashes = {"externalReferences": [{"hashes": [{"alg": "SHA-256", "content": "00"}]}]}
-    whole = [{"name": "a", "version": "1", **hashes}, {"name": "B_c", "version": "2.0", **hashes}]
-    assert differences(lock, json.dumps({"components": whole})) == []
-    assert differences(lock, json.dumps({"components": whole[:1]})) == ["b-c 2.0 is not listed"]
-    bare = [whole[0], {"name": "b-c", "version": "2.0"}]
-    assert differences(lock, json.dumps({"components": bare})) == ["b-c 2.0 is listed without a hash"]
-    more = [*whole, {"name": "d", "version": "3", **hashes}]
-    assert differences(lock, json.dumps({"components": more})) == ["d 3 is listed and not pinned"]
+    a, b = listed("a", "1", ONE, TWO), listed("B_c", "2.0", TWO)
+    assert unlike(a, b) == []
+    assert unlike(a) == ["b-c 2.0 is not listed"]
+    assert unlike(a, b, listed("d", "3", ONE)) == ["d 3 is listed and not pinned"]
+    assert unlike(a, listed("b-c", "2.1", TWO)) == ["b-c 2.0 is not listed", "b-c 2.1 is listed and not pinned"]
+    assert unlike(listed("a", "1"), lock="a==1\n") == ["a 1 is pinned without a hash"]
+
+
+def test_a_list_with_other_hashes_than_the_locks_is_noticed() -> None:
+    a, b = listed("a", "1", ONE, TWO), listed("b-c", "2.0", TWO)
+    missing, foreign = "the lock has, and the list has not,", "the list has, and the lock has not,"
+    assert unlike(listed("a", "1", ONE), b) == [f"a 1: {missing} sha256:{TWO}"]
+    assert unlike(listed("a", "1", ONE, TWO, WRONG), b) == [f"a 1: {foreign} sha256:{WRONG}"]
+    assert unlike(a, listed("b-c", "2.0", ONE)) == [
+        f"b-c 2.0: {missing} sha256:{TWO}",
+        f"b-c 2.0: {foreign} sha256:{ONE}",
+    ]
+    assert unlike(a, listed("b-c", "2.0")) == [f"b-c 2.0: {missing} sha256:{TWO}"]
+
+
+def test_the_check_of_the_list_fails_and_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock, target = tmp_path / "small.lock", tmp_path / "small.json"
+    lock.write_text(SMALL_LOCK, encoding="utf-8")
+    rows = [listed("a", "1", ONE, TWO), listed("b-c", "2.0", TWO)]
+    target.write_text(json.dumps({"components": rows}), encoding="utf-8")
+    assert check_sbom(lock, target) == 0
+    assert "lists all 2 packages" in capsys.readouterr().out
+    target.write_text(json.dumps({"components": rows}).replace(ONE, WRONG), encoding="utf-8")
+    assert check_sbom(lock, target) == 1
+    assert f"a 1: the list has, and the lock has not, sha256:{WRONG}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not LONG, reason="fetches the tool that writes the list")
