@@ -12,9 +12,9 @@ help:
 	@echo "make fuzz    attack the running system: 20,000 made-up requests, every route with every key"
 	@echo "make setup   virtual environment with everything, once; done again only when the requirements change"
 	@echo "make docs    write the configuration reference anew from the settings classes"
-	@echo "make lock    pin what the gateway installs, with hashes, into deploy/gateway.lock"
+	@echo "make lock    pin what the gateway installs, and what builds our wheel, with hashes: deploy/*.lock"
 	@echo "make sbom    list what the lock installs as a CycloneDX file, dist/gateway.cdx.json"
-	@echo "make audit   look up known vulnerabilities of what the lock installs; needs the network"
+	@echo "make audit   look up known vulnerabilities of what the lock installs; without the network: ADVISORIES=all.zip"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove the virtual environment, caches and runs"
 
@@ -30,9 +30,13 @@ demo: models
 docs: setup
 	@$(BIN)/python scripts/reference.py
 
+COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" --quiet $(LOCK_ARGS)
+
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml --extra gateway --extra postgres --universal --python-version 3.11 \
-		--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet $(LOCK_ARGS) -o deploy/gateway.lock
+	$(COMPILE) pyproject.toml --extra gateway --extra postgres -o deploy/gateway.lock
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		| $(COMPILE) - -o deploy/build.lock
 
 # Tools of the two targets below stay out of the virtual environment; uv keeps them in its cache.
 sbom: setup
@@ -43,8 +47,12 @@ sbom: setup
 
 # --strict: a package that could not be looked up is no package without vulnerabilities.
 audit: setup
+ifdef ADVISORIES
+	$(BIN)/python -m scripts.audit_offline deploy/gateway.lock $(ADVISORIES) $(AUDIT_ARGS)
+else
 	$(BIN)/uv tool run --from "pip-audit>=2.9,<3" pip-audit --requirement deploy/gateway.lock \
 		--disable-pip --require-hashes --strict $(AUDIT_ARGS)
+endif
 
 lint: setup
 	$(BIN)/ruff check .

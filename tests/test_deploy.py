@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,8 @@ from metaclaw_plugin.cli.service import unit
 from metaclaw_plugin.doctor.configuration import look_at_configuration
 from metaclaw_plugin.doctor.finding import Level
 from metaclaw_plugin.settings import load_settings
+from scripts.check_image import unpinned
+from scripts.check_sbom import pins
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -72,15 +75,58 @@ def test_no_secret_stands_in_the_files(compose: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dockerfile", ["Dockerfile.gateway", "Dockerfile.trainer"])
-def test_images_copy_what_is_there_and_install_extras_that_exist(dockerfile: str) -> None:
+def test_images_copy_what_is_there(dockerfile: str) -> None:
     text = (DEPLOY / dockerfile).read_text()
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE))
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
-        for source in sources.split():
+        first, *rest = sources.split()
+        if first.startswith("--from="):
+            assert first.removeprefix("--from=") in stages
+            continue
+        for source in (first, *rest):
             assert (ROOT / source).exists(), source
+
+
+def test_the_trainers_image_installs_extras_that_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (installed,) = re.findall(r"\.\[([^\]]+)\]", text)
+    (installed,) = re.findall(r"\.\[([^\]]+)\]", (DEPLOY / "Dockerfile.trainer").read_text())
     for extra in installed.replace("${VLLM}", "vllm").split(","):
         assert extra in extras
+
+
+def unhashed(dockerfile: str) -> list[str]:
+    """Commands of pip that may fetch something that no lock has a hash of: a package, or what builds one."""
+    lines = re.findall(r"^RUN (.+)$", dockerfile.replace("\\\n", " "), re.MULTILINE)
+    commands = [part.strip() for line in lines for part in re.split(r"&&|;", line)]
+    asked = [part for part in commands if re.search(r"\bpip3? (install|wheel|download)\b", part)]
+    assert asked
+    return [
+        part
+        for part in asked
+        if "--no-index" not in part and not ("--require-hashes" in part and "--only-binary :all:" in part)
+    ]
+
+
+def test_all_that_the_gateways_image_installs_has_a_hash_in_a_lock() -> None:
+    text = (DEPLOY / "Dockerfile.gateway").read_text()
+    assert unhashed(text) == []
+    assert set(re.findall(r"-r (\S+)", text)) == {"build.lock", "gateway.lock"}
+    loose = (
+        text + "RUN useradd x && pip install '.[gateway]' && pip check\nRUN pip install --require-hashes -r a.lock\n"
+    )
+    assert unhashed(loose) == ["pip install '.[gateway]'", "pip install --require-hashes -r a.lock"]
+
+
+def test_what_is_installed_beside_the_lock_is_noticed() -> None:
+    lock = "a-b==1.0 \\\n    --hash=sha256:00\n"
+    rows = [
+        {"name": "A_b", "version": "1.0"},
+        {"name": "pip", "version": "23"},
+        {"name": "metaclaw-plugin", "version": "0"},
+    ]
+    assert unpinned(json.dumps(rows), lock) == []
+    rows += [{"name": "hatchling", "version": "2"}, {"name": "a-b", "version": "1.1"}]
+    assert unpinned(json.dumps(rows), lock) == ["hatchling 2", "a-b 1.1"]
 
 
 def test_the_shared_config_is_well_and_names_the_services(
@@ -98,19 +144,27 @@ def test_the_shared_config_is_well_and_names_the_services(
     assert settings.vllm.api_key == "y"  # it listens for the other containers, and so for the whole network of them
 
 
-def test_the_gateways_lock_pins_what_the_project_asks_for_and_hashes_all_of_it() -> None:
-    text = (DEPLOY / "gateway.lock").read_text(encoding="utf-8")
-    blocks = [block.split() for block in re.split(r"\n(?=[a-z0-9])", text.replace("\\\n", " ")) if "==" in block]
-    pinned: dict[str, set[str]] = {}
-    for line, *rest in blocks:
-        name, version = line.split("==")
-        pinned.setdefault(name, set()).add(version)
-        assert any(word.startswith("--hash=sha256:") for word in rest), line
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    for wanted in map(Requirement, [*project["dependencies"], *extras["gateway"], *extras["postgres"]]):
+def locked(name: str) -> dict[str, set[str]]:
+    """Package -> versions of a lock; each with a hash."""
+    found: dict[str, set[str]] = {}
+    for (package, version), hashes in pins((DEPLOY / name).read_text(encoding="utf-8")).items():
+        assert hashes, package
+        found.setdefault(package, set()).add(version)
+    return found
+
+
+@pytest.mark.parametrize("lock", ["gateway.lock", "build.lock"])
+def test_a_lock_pins_what_the_project_asks_for_and_hashes_all_of_it(lock: str) -> None:
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = whole["project"]["optional-dependencies"]
+    asked = {
+        "gateway.lock": [*whole["project"]["dependencies"], *extras["gateway"], *extras["postgres"]],
+        "build.lock": whole["build-system"]["requires"],
+    }
+    pinned = locked(lock)
+    for wanted in map(Requirement, asked[lock]):
         versions = pinned.get(wanted.name.replace("_", "-").lower(), set())
-        assert versions, f"{wanted.name} is not in deploy/gateway.lock: make lock"
+        assert versions, f"{wanted.name} is not in deploy/{lock}: make lock"
         assert all(wanted.specifier.contains(one) for one in versions), f"{wanted}: locked is {versions}: make lock"
 
 
