@@ -67,8 +67,9 @@ def run(url: str, count: int) -> dict[str, Any]:
         for turn in range(TURNS):
             messages.append({"role": "user", "content": f"question {turn} of conversation {number}"})
             before = time.perf_counter()
+            heard = sessions.hear(RequestEvidence({}, {"messages": messages}), settings)
             with engine.begin() as c:
-                place = sessions.resolve(c, "alpha", RequestEvidence({}, {"messages": messages}), time.time(), settings)
+                place = sessions.resolve(c, "alpha", heard, time.time(), settings)
             resolved = time.perf_counter()
             answer = {"role": "assistant", "content": f"answer {turn} of conversation {number}"}
             trace = dataclasses.replace(

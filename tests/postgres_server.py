@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -68,6 +69,24 @@ def drop_database(url: str, name: str) -> None:
     """Drop the database ``name`` and whatever is connected to it."""
     with psycopg.connect(url + "postgres", autocommit=True) as connection:
         connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@contextmanager
+def frozen(url: str) -> Iterator[None]:
+    """The server at ``url``, one of ``running_postgres``, hangs: it holds its connections and answers nothing."""
+    with psycopg.connect(url + "postgres") as connection:
+        found = connection.execute("SHOW data_directory").fetchone()
+    assert found is not None
+    stopped = [int(Path(found[0], "postmaster.pid").read_text().split()[0])]
+    try:
+        os.kill(stopped[0], signal.SIGSTOP)  # first, so that it begets no more
+        for child in Path(f"/proc/{stopped[0]}/task/{stopped[0]}/children").read_text().split():
+            os.kill(int(child), signal.SIGSTOP)
+            stopped.append(int(child))
+        yield
+    finally:
+        for pid in reversed(stopped):
+            os.kill(pid, signal.SIGCONT)
 
 
 def program(name: str) -> Path:

@@ -14,6 +14,7 @@ from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.store import schema
 
 SETTINGS = Settings(sessions={"held_out_one_in": 0, "idle_timeout": 100})  # type: ignore[arg-type]
+UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"  # such as OpenClaw gives a session
 INTERNAL = {"role": "user", "content": [{"type": "text", "text": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnone"}]}
 
 
@@ -38,7 +39,7 @@ def ask(
         named["session_id"] = headers["session_id"]
     evidence = RequestEvidence(named, {"messages": list(messages), **(body or {})})
     with store.begin() as c:
-        return sessions.resolve(c, agent, evidence, now, SETTINGS)
+        return sessions.resolve(c, agent, sessions.hear(evidence, SETTINGS), now, SETTINGS)
 
 
 def answer(store: Engine, turn: Turn, *answers: dict[str, Any], now: float = 1.0, pin: int | None = None) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 HOOK_TIMEOUT = 90.0  # seconds; the default suits quicker hooks
-CODE = re.compile(r"```(?:python|py)\n(.*?)```", re.DOTALL)
+CODE = re.compile(r"```(?:python|py)\n((?:(?!```).)*)```", re.DOTALL)
 
 
 def score_trace(trace):

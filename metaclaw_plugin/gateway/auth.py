@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from metaclaw_plugin.errors import MetaclawError
 from metaclaw_plugin.gateway.dialects import dialect_of
 from metaclaw_plugin.gateway.identity import CLAIM, internal_key
-from metaclaw_plugin.gateway.keys import KeyCache
+from metaclaw_plugin.gateway.keys import FRESH, KeyCache
 from metaclaw_plugin.gateway.process import this_process
 from metaclaw_plugin.gateway.reach import is_open
 from metaclaw_plugin.store.agents import hash_key
@@ -36,10 +36,9 @@ async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:
         raise _refusal(request, "no API key given: send it as 'Authorization: Bearer KEY'")
     try:
         found = await _authenticate(api_key)
-    except (SQLAlchemyError, MetaclawError) as error:
+    except (SQLAlchemyError, MetaclawError, TimeoutError) as error:
         logger.error("keys cannot be checked: %s", type(error).__name__)
-        message = "the gateway cannot check keys just now; try again"
-        raise ProxyException(message=message, type="server_error", param=None, code=503) from error
+        raise _unavailable(request) from error
     if found is None:
         raise _refusal(request, "this API key is unknown or revoked; `metaclaw agents add NAME` makes one")
     _refuse_closed_routes(request, found)
@@ -47,10 +46,7 @@ async def authenticate(request: Request, api_key: str | None) -> UserAPIKeyAuth:
 
 
 async def _authenticate(api_key: str) -> UserAPIKeyAuth | None:
-    cache = _cache()
-    identity = cache.peek(api_key)
-    if identity is None:
-        identity = await asyncio.to_thread(cache.look_up, api_key)
+    identity = await _cache().look_up(api_key)
     digest = hash_key(api_key)
     if identity is not None:
         claim: dict[str, Any] = {"key": identity.key_id, "agents": list(identity.agents)}
@@ -65,8 +61,10 @@ async def _authenticate(api_key: str) -> UserAPIKeyAuth | None:
 
 
 def _cache() -> KeyCache:
-    engine = this_process().engine
-    return _caches.setdefault(id(engine), KeyCache(engine))
+    process = this_process()
+    if id(process.engine) not in _caches:
+        _caches[id(process.engine)] = KeyCache(process.engine, process.settings.gateway.commit_timeout)
+    return _caches[id(process.engine)]
 
 
 def _master_key() -> str | None:
@@ -86,6 +84,13 @@ def _refuse_closed_routes(request: Request, auth: UserAPIKeyAuth) -> None:
         "metaclaw.gateway.open_routes in the gateway's config"
     )
     raise ProxyException(message=message, type="permission_error", param=None, code=403)
+
+
+def _unavailable(request: Request) -> ProxyException:
+    """503 with the type that the caller's dialect has for it; the official clients come again by themselves."""
+    kind = "api_error" if dialect_of(request.url.path) == "messages" else "server_error"
+    message = "the gateway cannot check keys just now: its store does not answer; try again"
+    return ProxyException(message=message, type=kind, param=None, code=503, headers={"retry-after": str(round(FRESH))})
 
 
 def _refusal(request: Request, message: str) -> ProxyException:

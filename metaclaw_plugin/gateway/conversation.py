@@ -189,13 +189,16 @@ def _call(name: Any, arguments: Any) -> str:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:  # what a model wrote need not be JSON; then it is compared as it is
+        except (ValueError, RecursionError):  # what a model wrote need not be JSON; then it is compared as it is
             return f"{name}\n{arguments}"
     return f"{name}\n{_canonical(arguments)}"
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    except RecursionError:
+        return "(nested too deeply to be compared)"
 
 
 def _fold(digest: str, steps: Iterable[Step]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,16 @@ def choose_agent(identity: Identity, headers: Mapping[str, str], model: str | No
             f"`metaclaw agents owner {identity.refused[0]} OWNER` (add it first if it was removed)"
         )
     return named or asked or (identity.agents[0] if identity.agents else None)
+
+
+def narrow(identity: Identity, headers: Mapping[str, str]) -> Identity:
+    """``identity``, held to the agent that ``x-agent-id`` names; all of it, if the header names none.
+
+    Raises:
+        ForbiddenAgentError: if the key does not act for that agent.
+    """
+    agent = choose_agent(identity, headers) if headers.get(AGENT_HEADER, "").strip() else None
+    return identity if agent is None else replace(identity, agents=(agent,))
 
 
 def own_models(identity: Identity) -> list[str]:

@@ -7,6 +7,7 @@ answer. Our own keys are known by their sha256, LiteLLM's virtual keys by all th
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from typing import Generic, TypeVar
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from metaclaw_plugin.gateway.asking import Asking
 from metaclaw_plugin.gateway.identity import Identity, KeyFacts
 from metaclaw_plugin.store.agents import KeyIdentity, agents_of_key, hash_key
 
@@ -52,32 +54,45 @@ class _Memory(Generic[T]):
 
 
 class KeyCache:
-    """Whom our own keys act for, as the store said a moment ago. Safe to use from any thread."""
+    """Whom our own keys act for, as the store said a moment ago.
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    ``patience``: seconds that a request waits for the store; one that hangs is not waited for again for a while.
+    """
+
+    def __init__(self, engine: Engine, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
+        self._patience = patience
+        self._clock = clock
         self._memory = _Memory[KeyIdentity](clock)
+        self._asking = Asking("keys")
+        self._silent_until = -math.inf
 
     def peek(self, secret: str) -> KeyIdentity | None:
         """What is known and fresh; never asks the store."""
         return self._memory.get(hash_key(secret), FRESH)
 
-    def look_up(self, secret: str) -> KeyIdentity | None:
-        """Ask the store; ``None``: unknown or revoked.
+    async def look_up(self, secret: str) -> KeyIdentity | None:
+        """What is known and fresh, else what the store says; ``None``: unknown or revoked.
 
         Raises:
-            SQLAlchemyError: if the store does not answer and nothing recent is known.
+            SQLAlchemyError, TimeoutError: if the store does not answer and nothing recent is known.
         """
         digest = hash_key(secret)
+        silent = self._clock() < self._silent_until
+        if (known := self._memory.get(digest, STALE if silent else FRESH)) is not None:
+            return known
         try:
-            with self._engine.connect() as c:
-                identity = agents_of_key(c, secret)
-        except SQLAlchemyError:
-            found = self._memory.get(digest, STALE)
-            if found is None:
+            return await self._asking.ask(lambda: self._ask_store(digest, secret), self._patience)
+        except (SQLAlchemyError, TimeoutError):
+            self._silent_until = self._clock() + FRESH
+            if (known := self._memory.get(digest, STALE)) is None:
                 raise
-            logger.warning("the store does not answer; a key is taken for what it was a while ago")
-            return found
+            logger.warning("the store does not answer; keys are taken for what they were a while ago")
+            return known
+
+    def _ask_store(self, digest: str, secret: str) -> KeyIdentity | None:
+        with self._engine.connect() as c:
+            identity = agents_of_key(c, secret)
         self._memory.put(digest, identity)
         return identity
 

@@ -1,4 +1,8 @@
-"""What is decided about a request before the call, in one transaction: session, skills, route."""
+"""What is decided about a request before the call: it is read first, then placed in one transaction.
+
+Whatever takes as long as the request is, such as hashing its messages and choosing skills for it, is done in
+``Planner.read``, so that no text of a client ever keeps the store from others.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.current import Plan
 from metaclaw_plugin.gateway.dialects import Message
 from metaclaw_plugin.gateway.routing import InFlight, Route, RoutedTurn, Ticket, pick_route, upstream_model
-from metaclaw_plugin.gateway.sessions import RequestEvidence
+from metaclaw_plugin.gateway.sessions import Heard, RequestEvidence
 from metaclaw_plugin.settings import Settings
-from metaclaw_plugin.skills.injection import Injection, plan_injection
+from metaclaw_plugin.skills.injection import Anchored, Injection, anchor_messages, plan_injection
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import Skill
 from metaclaw_plugin.store.agents import get_record
@@ -26,24 +30,41 @@ _NO = frozenset({"0", "no", "false", "off"})
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as far as planning goes."""
+    """A request as far as planning goes, read."""
 
     agent: str
-    evidence: RequestEvidence
-    messages: Sequence[Message]
-    chosen: Sequence[Skill] | None  # skills that a plugin chose; None: the built-in retrieval chooses
+    heard: Heard
+    anchored: Anchored
+    chosen: Sequence[Skill]  # skills for its newest human message, should it begin an exchange
+    kept: bool  # the client lets it be kept
     passed_through: str | None  # the owner's deployment that it goes to; None: the agent's own model
     at: float  # Unix seconds
 
 
 class Planner:
-    """Decides in the store's thread; remembers nothing but each agent's last route."""
+    """Reads in any thread, decides in the store's; remembers nothing but each agent's last route."""
 
     def __init__(self, settings: Settings, retriever: Retriever, in_flight: InFlight) -> None:
         self._settings = settings
         self._retriever = retriever
         self._in_flight = in_flight
         self._last_route: dict[str, int] = {}  # for when the store does not answer
+
+    def read(
+        self,
+        agent: str,
+        evidence: RequestEvidence,
+        messages: Sequence[Message],
+        chosen: Sequence[Skill] | None,
+        passed_through: str | None,
+        at: float,
+    ) -> Asked:
+        """Read a request, without the store; never on the event loop. ``chosen``: what was chosen already."""
+        heard = sessions.hear(evidence, self._settings)
+        if chosen is None:
+            chosen = self._retriever.select(agent, messages) if heard.kind is Kind.MAIN else ()
+        kept = not _is_no(evidence.headers.get(RECORD_HEADER))
+        return Asked(agent, heard, anchor_messages(messages), chosen, kept, passed_through, at)
 
     def decide(self, c: sa.Connection, asked: Asked) -> tuple[Plan, Injection | None]:
         """The plan, and the messages with skills in them; ``None``: they go as they came.
@@ -53,15 +74,12 @@ class Planner:
         """
         record = get_record(c, asked.agent)
         agent = record.agent(self._settings.mode)
-        if agent.mode is Mode.OFF or not record.record or _is_no(asked.evidence.headers.get(RECORD_HEADER)):
+        if agent.mode is Mode.OFF or not record.record or not asked.kept:
             route, ticket = self._route(c, asked, _Unkept())
             return Plan(_new_id(), agent, route, None, ticket), None
-        turn = sessions.resolve(c, agent.name, asked.evidence, asked.at, self._settings)
-        chosen = asked.chosen
-        if chosen is None and turn.new_exchange and turn.kind is Kind.MAIN:
-            chosen = self._retriever.select(agent.name, asked.messages)
+        turn = sessions.resolve(c, agent.name, asked.heard, asked.at, self._settings)
         withheld = self._settings.skills.withheld_share
-        injection = plan_injection(c, agent, turn, asked.messages, chosen or (), withheld_share=withheld)
+        injection = plan_injection(c, agent, turn, asked.anchored, asked.chosen, withheld_share=withheld)
         route, ticket = self._route(c, asked, turn)
         return Plan(_new_id(), agent, route, turn, ticket, injection.skills, injection.generation), injection
 

@@ -20,6 +20,8 @@ class GatewayProcess:
     engine: Engine
 
 
+_LONGEST = 30.0  # seconds for a statement: past all that requests and their traces wait for
+
 _lock = threading.Lock()
 _held: list[GatewayProcess] = []
 
@@ -34,7 +36,7 @@ def this_process() -> GatewayProcess:
     with _lock:
         if not _held:
             settings = load_settings()
-            engine = open_store(settings.store_url)
+            engine = open_store(settings.store_url, _LONGEST)
             checkpoint_beside(engine)
             _held.append(GatewayProcess(settings, engine))
         return _held[0]

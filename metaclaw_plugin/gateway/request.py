@@ -20,6 +20,7 @@ from metaclaw_plugin.capture.group_commit import GroupCommit
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
+from metaclaw_plugin.gateway.asking import Asking
 from metaclaw_plugin.gateway.collecting import AT_FAULT, Collector
 from metaclaw_plugin.gateway.current import CurrentRequest, Plan
 from metaclaw_plugin.gateway.dialects import Message, chat_messages, put_messages
@@ -35,7 +36,6 @@ from metaclaw_plugin.gateway.traffic import Traffic
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.injection import Injection
 from metaclaw_plugin.skills.library import Library
-from metaclaw_plugin.skills.query import awaits_answer
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import Skill
 
@@ -65,6 +65,7 @@ class Gateway:
         self._plugins = plugins
         self._store = GroupCommit(engine)
         self._retriever = retriever
+        self._reading = Asking("reading")
         self._planner = Planner(settings, retriever, self.in_flight)
         self._writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
         self._keeper = Keeper(settings, self._writer, plugins, metrics)
@@ -94,20 +95,20 @@ class Gateway:
         if agent is None:
             return
         messages = chat_messages(current.dialect, data)
-        asked = Asked(
-            agent=agent,
-            evidence=RequestEvidence(current.headers, _client_body(data), messages),
-            messages=messages,
-            chosen=await self._skills_of_plugins(agent, messages),
-            passed_through=data["model"] if listed else None,
-            at=current.started_at,
-        )
+        evidence = RequestEvidence(current.headers, _client_body(data), messages)
+        chosen = await self._skills_of_plugins(agent, messages)
+        passed_through = data["model"] if listed else None
+
+        def read() -> Asked:
+            return self._planner.read(agent, evidence, messages, chosen, passed_through, current.started_at)
+
         try:
+            asked = await self._reading.ask(read, self.settings.gateway.commit_timeout)
             plan, injection = await self._in_store(lambda c: self._planner.decide(c, asked), self._give_back)
         except (StoreError, TimeoutError) as error:
             logger.warning("a request of agent %s goes unrecorded: %s", agent, error)
             self._writer.count(UNRECORDED, agent, 1)
-            plan, injection = self._planner.without_store(agent, asked.passed_through), None
+            plan, injection = self._planner.without_store(agent, passed_through), None
         current.plan = plan
         if injection is not None:
             put_messages(current.dialect, data, messages, injection.messages)
@@ -182,14 +183,14 @@ class Gateway:
         return identity
 
     async def _skills_of_plugins(self, agent: str, messages: Sequence[Message]) -> tuple[Skill, ...] | None:
-        """What a plugin chose, or retrieval if that takes long; ``None``: left to the planner."""
+        """What a plugin chose, or retrieval that takes long; ``None``: left to the planner."""
         view = self._library.view(agent)
         described = Agent(agent, self.settings.mode)
         refs = await self._plugins.call_first("select_skills", agent=described, messages=messages, library=view)
         if refs is not None:
             return view.resolve(refs)
-        if self._retriever.takes_long and awaits_answer(messages):
-            return await asyncio.to_thread(self._retriever.select, agent, messages)
+        if self._retriever.takes_long:
+            return await asyncio.to_thread(self._retriever.select_for_new, agent, messages)
         return None
 
     async def _in_store(self, decide: Callable[[sa.Connection], T], undo: Callable[[T], None] | None = None) -> T:

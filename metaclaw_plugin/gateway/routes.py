@@ -6,11 +6,11 @@ is answered like what does not exist.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
@@ -34,8 +34,17 @@ from metaclaw_plugin.errors import (
     VersionStateError,
 )
 from metaclaw_plugin.gateway.adapter_routes import add_adapter_routes
+from metaclaw_plugin.gateway.asking import Asking
 from metaclaw_plugin.gateway.dialects import error_body
-from metaclaw_plugin.gateway.identity import Identity, KeyFacts, choose_agent, identify, own_identity, own_models
+from metaclaw_plugin.gateway.identity import (
+    Identity,
+    KeyFacts,
+    choose_agent,
+    identify,
+    narrow,
+    own_identity,
+    own_models,
+)
 from metaclaw_plugin.gateway.process import GatewayProcess, this_process
 from metaclaw_plugin.store import overview, schema
 from metaclaw_plugin.store.export import list_summaries, stored_json
@@ -45,6 +54,7 @@ from metaclaw_plugin.store.traces import TraceFilter, find_trace, get_stored
 T = TypeVar("T")
 Work = Callable[[Connection, Identity], T]
 Ask = Callable[[Any, Work[Any]], Coroutine[Any, Any, Any]]
+_PATIENCE = 30.0  # seconds that a caller waits for the store
 
 _STATUS = {
     ForbiddenAgentError: 403,
@@ -103,6 +113,14 @@ class StatusReply(BaseModel):
     agents: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Whose key a request has, and which of the key's agents it may name."""
+
+    auth: Any
+    headers: Mapping[str, str]
+
+
 class _OwnRoute(APIRoute):
     """Turns our errors and FastAPI's into the error body that clients of the gateway know."""
 
@@ -121,7 +139,7 @@ class _OwnRoute(APIRoute):
             except MetaclawError as error:
                 status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
                 return _error(status, str(error))
-            except SQLAlchemyError:
+            except (SQLAlchemyError, TimeoutError):
                 return _error(503, "the store does not answer; try again")
 
         return handle
@@ -130,25 +148,30 @@ class _OwnRoute(APIRoute):
 def create_router(authenticate: Callable[..., Any], process: Callable[[], GatewayProcess] = this_process) -> APIRouter:
     """The routes under ``/metaclaw/v1``; ``authenticate`` is the dependency that yields a ``UserAPIKeyAuth``."""
     router = APIRouter(prefix="/metaclaw/v1", tags=["metaclaw"], route_class=_OwnRoute)
-    caller = Depends(authenticate)
+    asking = Asking("own routes")
 
-    async def read(auth: Any, work: Work[T]) -> T:
+    async def who(request: Request, auth: Any = Depends(authenticate)) -> _Caller:
+        return _Caller(auth, request.headers)
+
+    async def read(by: _Caller, work: Work[T]) -> T:
         def run() -> T:
             engine = process().engine
-            identity = _identity(engine, auth)
+            identity = narrow(_identity(engine, by.auth), by.headers)
             with engine.connect() as c:  # takes no lock: an answer that is being stored need not wait
                 return work(c, identity)
 
-        return await asyncio.to_thread(run)
+        return await asking.ask(run, _PATIENCE)
 
-    async def write(auth: Any, work: Work[T]) -> T:
+    async def write(by: _Caller, work: Work[T]) -> T:
         def run() -> T:
             engine = process().engine
-            identity = _identity(engine, auth)
+            identity = narrow(_identity(engine, by.auth), by.headers)
             with engine.begin() as c:
                 return work(c, identity)
 
-        return await asyncio.to_thread(run)
+        return await asking.ask(run, _PATIENCE)
+
+    caller = Depends(who)
 
     _add_writing(router, caller, write)
     _add_reading(router, caller, read, process)
@@ -166,9 +189,8 @@ def _identity(engine: Engine, auth: Any) -> Identity:
 
 def _add_writing(router: APIRouter, caller: Any, ask: Ask) -> None:
     @router.post("/feedback", summary="Rate an answer")
-    async def feedback(body: Feedback, request: Request, auth: Any = caller) -> FeedbackReply:
-        headers = dict(request.headers)
-        found: FeedbackReply = await ask(auth, lambda c, identity: _save_feedback(c, identity, headers, body))
+    async def feedback(body: Feedback, auth: Any = caller) -> FeedbackReply:
+        found: FeedbackReply = await ask(auth, lambda c, identity: _save_feedback(c, identity, body))
         return found
 
     @router.post("/sessions/{session}/end", summary="End a session")
@@ -230,6 +252,7 @@ def mount(app: FastAPI) -> None:
     from litellm.proxy._types import LiteLLMRoutes
     from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
+    asking = Asking("list of models")
     own = create_router(user_api_key_auth)
     app.include_router(own)
     # LiteLLM lets virtual keys call what it lists alone; what each key may see, our routes decide.
@@ -238,7 +261,7 @@ def mount(app: FastAPI) -> None:
     LiteLLMRoutes.llm_api_routes.value.extend(paths)  # for keys that are held to models' routes
 
     async def models(request: Request, auth: Any = Depends(user_api_key_auth)) -> Any:
-        names = await asyncio.to_thread(_models_of, auth)
+        names = await asking.ask(lambda: _models_of(auth), _PATIENCE)
         router = proxy_server.llm_router
         listed = [*(auth.models or auth.team_models or (router.get_model_names() if router else ()))]
         kept = [name for name in listed if not name.startswith("metaclaw/")]
@@ -268,9 +291,9 @@ def _models_of(auth: Any) -> list[str]:
     return own_models(_identity(this_process().engine, auth))
 
 
-def _save_feedback(c: Connection, identity: Identity, headers: dict[str, str], body: Feedback) -> FeedbackReply:
+def _save_feedback(c: Connection, identity: Identity, body: Feedback) -> FeedbackReply:
     target = body.trace_id or body.response_id or ""
-    default = choose_agent(identity, headers)
+    default = choose_agent(identity, {})
     if default is None:
         raise ForbiddenAgentError("this key has no agent, so there is nothing of it to rate")
     agent, trace = default, find_trace(c, default, target)

@@ -45,6 +45,17 @@ class RequestEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """What a request says about its session: all that is read of its text, which may be long."""
+
+    kind: Kind
+    named: Evidence | None
+    previous: str | None  # the response that it goes on from
+    conversation: Conversation
+    ends_session: bool  # the client says that this is its last request
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """Where a request stands."""
 
@@ -60,17 +71,26 @@ class Turn:
     ends_session: bool  # the client says that this is its last request
 
 
-def resolve(c: Connection, agent: str, evidence: RequestEvidence, now: float, settings: Settings) -> Turn:
-    """Find or open the session of a request and count it. ``c`` must be a writing transaction."""
+def hear(evidence: RequestEvidence, settings: Settings) -> Heard:
+    """Read a request; it takes as long as the request is, so call it outside any transaction."""
     messages = _messages(evidence)
-    kind = _kind(evidence, messages, settings)
-    named = _named(evidence, messages)
-    conversation = read_conversation(messages)
+    return Heard(
+        kind=_kind(evidence, messages, settings),
+        named=_named(evidence, messages),
+        previous=_usable(evidence.body.get("previous_response_id"), _MAX_RESPONSE_ID),
+        conversation=read_conversation(messages),
+        ends_session=_says_yes(evidence.headers.get("x-session-done")),
+    )
+
+
+def resolve(c: Connection, agent: str, heard: Heard, now: float, settings: Settings) -> Turn:
+    """Find or open the session of a request and count it. ``c`` must be a writing transaction."""
+    conversation = heard.conversation
     one_in = settings.sessions.held_out_one_in
-    anchor = conversation.anchor if kind is Kind.MAIN else None
-    if named is not None:
-        place = _named_place(c, agent, named, conversation, anchor, now, one_in)
-    elif (session := _goes_on(c, agent, evidence, conversation, anchor is not None)) is not None:
+    anchor = conversation.anchor if heard.kind is Kind.MAIN else None
+    if heard.named is not None:
+        place = _named_place(c, agent, heard.named, conversation, anchor, now, one_in)
+    elif (session := _goes_on(c, agent, heard, anchor is not None)) is not None:
         place = store.take_turn(c, session, now, anchor, conversation.in_tool_loop)
     else:
         place = store.open_unnamed(c, agent, now, one_in, anchor)
@@ -79,12 +99,12 @@ def resolve(c: Connection, agent: str, evidence: RequestEvidence, now: float, se
         session=place.session,
         turn=place.turn,
         exchange=place.exchange,
-        kind=kind,
+        kind=heard.kind,
         held_out=place.held_out,
         new_exchange=place.new_exchange,
         adapter_version=place.adapter_version,
         chain_hash=conversation.hash,
-        ends_session=_says_yes(evidence.headers.get("x-session-done")),
+        ends_session=heard.ends_session,
     )
 
 
@@ -137,10 +157,12 @@ def _named(evidence: RequestEvidence, messages: Sequence[Any]) -> Evidence | Non
     for header in ("x-session-id", "x-litellm-session-id"):
         if value := _usable(headers.get(header)):
             return Evidence(header, value)
-    if value := _usable(headers.get("x-session-affinity")) or _usable(headers.get("session_id")):
+    if value := _usable(headers.get("x-session-affinity")):
         return Evidence("affinity", *split_epoch(value))
+    if value := _usable(headers.get("session_id")):
+        return Evidence("affinity", value)
     if value := _usable(body.get("prompt_cache_key")):
-        return Evidence("prompt_cache_key", *split_epoch(value))
+        return Evidence("prompt_cache_key", value)
     metadata = body.get("metadata")
     if isinstance(metadata, Mapping):
         if value := _usable(metadata.get("session_id")):
@@ -170,14 +192,11 @@ def _named_place(
     raise StoreError(f"a session of agent {agent!r} is opened and closed at once; try again")
 
 
-def _goes_on(
-    c: Connection, agent: str, evidence: RequestEvidence, conversation: Conversation, main: bool
-) -> str | None:
+def _goes_on(c: Connection, agent: str, heard: Heard, main: bool) -> str | None:
     """The session whose answer, or whose conversation, the request goes on from."""
-    previous = _usable(evidence.body.get("previous_response_id"), _MAX_RESPONSE_ID)
-    found = store.find_by_response(c, agent, previous) if previous else None
+    found = store.find_by_response(c, agent, heard.previous) if heard.previous else None
     if found is None and main:
-        found = store.find_by_chain(c, agent, conversation.pauses(_MAX_PAUSES))
+        found = store.find_by_chain(c, agent, heard.conversation.pauses(_MAX_PAUSES))
     return found
 
 

@@ -10,6 +10,7 @@ import litellm
 from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 from litellm.proxy import proxy_server
 from litellm.proxy.common_request_processing import _stream_usage_tracking_updates
+from litellm.router import Router
 
 from metaclaw_plugin.capture.transport import TapTransport
 from metaclaw_plugin.gateway.current import present_recording
@@ -60,11 +61,20 @@ def give_price(agent: str, upstream_name: str) -> None:
     litellm.register_model({name: price for name, price in priced.items() if name not in litellm.model_cost})
 
 
-def is_listed(model: str) -> bool:
-    """Whether a deployment other than ours answers to ``model``: by name, or by a pattern of the owner's."""
-    router = proxy_server.llm_router
+def is_listed(model: str, router: Router | None = None) -> bool:
+    """Whether the owner's config answers to ``model``, other than by our deployment: a deployment by its name or id, an
+    alias, a routing group, or a pattern of the owner's.
+
+    An alias or a group that leads to our deployment is none of these: the agent's route decides what answers (law 4).
+    """
+    router = router or proxy_server.llm_router
     if router is None:
         return False
-    if model.startswith(f"{UPSTREAM}/"):
+    target = router.get_model_from_alias(model) or model
+    group = router.get_routing_group(target)
+    names = {model, target, *(group.models if group is not None else ())}
+    if router.has_model_id(model) and (deployment := router.get_deployment(model)) is not None:
+        names.add(deployment.model_name)
+    if any(name.startswith(f"{UPSTREAM}/") for name in names):
         return False
-    return model in router.model_names or bool(router.pattern_router.route(model))
+    return router.is_recognized_model(model) or bool(router.pattern_router.route(model))

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from metaclaw_plugin.errors import SkillError
 from metaclaw_plugin.skills.lexical import skill_terms
 from metaclaw_plugin.skills.library import View
+from metaclaw_plugin.skills.query import without_blocks
 from metaclaw_plugin.skills.safety import objections
 from metaclaw_plugin.skills.skill_file import Skill, parse_skill, render_skill
 
@@ -107,7 +108,7 @@ def parse_answer(text: str) -> list[dict[str, Any]]:
     """
     if len(text) > MAX_ANSWER:
         raise SkillError(f"the evolver answered with {len(text):,} characters; more than {MAX_ANSWER:,} are not read")
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
+    text = without_blocks(text, "<think>", "</think>", to_the_end=False)
     decoder = json.JSONDecoder(strict=False)
     for start in (match.start() for match in re.finditer(r"[{\[]", text)):
         try:

@@ -6,17 +6,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from metaclaw_hooks.types import Reward, Trace, message_text
 
 from metaclaw_plugin.skills.edits import Limits
-from metaclaw_plugin.skills.query import clean, human_indexes
+from metaclaw_plugin.skills.query import clean, humans_backwards
 from metaclaw_plugin.skills.skill_file import Skill
 
 PROMPT_VERSION = "1"
 
-_OWN_MARK = re.compile(r"<(\s*/?\s*material)", re.IGNORECASE)
+_OWN_MARK = re.compile(r"<(\s*(?:/\s*)?material)", re.IGNORECASE)
 _SHOWN = 1_500  # characters of each text
 _EARLIER = 3  # human messages before the failed one
 _TOOLS = 4  # last tool results of the exchange
@@ -78,12 +79,12 @@ def build_prompt(material: Material, limits: Limits) -> list[dict[str, Any]]:
 
 def _failure(failure: Failure) -> dict[str, Any]:
     trace = failure.trace
-    humans = human_indexes(trace.messages)
-    said = [clean(message_text(trace.messages[index])) for index in humans]
-    tail = trace.messages[humans[-1] + 1 :] if humans else ()
+    humans = list(islice(humans_backwards(trace.messages), _EARLIER + 1))
+    said = [clean(message_text(trace.messages[index])) for index in reversed(humans)]
+    tail = trace.messages[humans[0] + 1 :] if humans else ()
     tools = [message_text(message) for message in tail if message.get("role") == "tool"]
     return {
-        "asked_before": [_cut(text) for text in said[:-1][-_EARLIER:]],
+        "asked_before": [_cut(text) for text in said[:-1]],
         "asked": _cut(said[-1]) if said else "",
         "tool_results": [_cut(text) for text in tools[-_TOOLS:]],
         "answer": _cut(trace.response_text) or _tool_calls(trace.response),

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 from metaclaw_hooks.types import Agent, Kind, Mode, SkillRef, message_text
 
-from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN, human_indexes
+from metaclaw_plugin.skills.query import BLOCK_CLOSE, BLOCK_OPEN, humans_backwards
 from metaclaw_plugin.skills.skill_file import Skill
 from metaclaw_plugin.store.engine import add_or_ignore, insert_or_ignore
 from metaclaw_plugin.store.schema import injections, skill_exposures
@@ -46,6 +46,15 @@ class TurnLike(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Anchored:
+    """A request's messages, and where in them blocks may stand: all that injection reads of their text."""
+
+    messages: Sequence[Message]
+    places: Mapping[str, int]  # anchor -> index of the message that carries it; -1: one has yet to be made, in front
+    newest: str | None  # the anchor of the newest human message
+
+
+@dataclass(frozen=True, slots=True)
 class Injection:
     """The messages to send upstream, and what of skills is in them."""
 
@@ -68,11 +77,34 @@ _OF_SESSION = (
 )
 
 
+def anchor_messages(messages: Sequence[Message]) -> Anchored:
+    """Find where blocks may stand; reads every user message, so call it outside any transaction.
+
+    A system message whose content is neither text nor parts is left for the upstream to refuse. Every user message has
+    an anchor, by its text and which of its like it is; whether a human wrote it is asked from the newest on.
+    """
+    head = next((i for i, message in enumerate(messages) if message.get("role") in _SYSTEM_ROLES), -1)
+    usable = head < 0 or isinstance(messages[head].get("content"), str | list | tuple | None)
+    places = {SYSTEM: head} if usable else {}
+    human = next(humans_backwards(messages), None)
+    newest: str | None = None
+    seen: Counter[str] = Counter()
+    for index, message in enumerate(messages):
+        if message.get("role") != "user":
+            continue
+        digest = hashlib.sha256(message_text(message).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+        seen[digest] += 1
+        anchor = f"{digest}#{seen[digest]}"
+        places[anchor] = index
+        newest = anchor if index == human else newest
+    return Anchored(messages, places, newest)
+
+
 def plan_injection(
     c: sa.Connection,
     agent: Agent,
     turn: TurnLike,
-    messages: Sequence[Message],
+    anchored: Anchored,
     chosen: Sequence[Skill],
     withheld_share: float = 0.0,
 ) -> Injection:
@@ -81,13 +113,13 @@ def plan_injection(
     ``chosen`` counts on a new exchange only: the requests of a tool loop get what the exchange began with. Messages
     are chat messages as OpenAI defines them and are not changed; those that carry a block are copied.
     """
-    plain = [dict(message) for message in messages]
+    plain = [dict(message) for message in anchored.messages]
+    places = anchored.places
     if turn.kind is Kind.SIDE or agent.mode is Mode.OFF:
         return Injection(plain, (), agent.skill_generation)
-    places = _places(messages)
     blocks = _load(c, turn.session) if turn.turn > 0 else []
     if turn.new_exchange:
-        blocks += _select(c, agent, turn, places, blocks, chosen, withheld_share)
+        blocks += _select(c, agent, turn, anchored, blocks, chosen, withheld_share)
     present = [block for block in blocks if block.text and block.anchor in places]
     for block in sorted(present, key=lambda block: -places[block.anchor]):  # -1, which moves the others, comes last
         _apply(plain, places[block.anchor], block)
@@ -110,17 +142,17 @@ def _select(
     c: sa.Connection,
     agent: Agent,
     turn: TurnLike,
-    places: Mapping[str, int],
+    anchored: Anchored,
     blocks: Sequence[_Block],
     chosen: Sequence[Skill],
     withheld_share: float,
 ) -> list[_Block]:
     """Decide once for the newest human message what enters with it, and write the decision down, "nothing" too: a
     message that was sent before without a block may not get one when the request is sent again."""
-    newest = _newest_human(places)
+    newest = anchored.newest
     if newest is None or newest in {block.anchor for block in blocks}:
         return []
-    had = {ref.name for block in blocks if block.anchor in places for ref in block.skills}
+    had = {ref.name for block in blocks if block.anchor in anchored.places for ref in block.skills}
     fresh = [skill for skill in chosen if skill.name not in had]
     shown = [skill for skill in fresh if not is_withheld(turn.session, skill.name, withheld_share)]
     # The system prompt is open to the session's first exchange alone: later, it is part of a prefix that was sent.
@@ -169,27 +201,6 @@ def _expose(c: sa.Connection, agent: Agent, turn: TurnLike, fresh: Sequence[Skil
 def _load(c: sa.Connection, session: str) -> list[_Block]:
     rows = c.execute(_OF_SESSION, {"session": session})
     return [_Block(row.anchor, row.block, tuple(SkillRef(*entry) for entry in row.skills)) for row in rows]
-
-
-def _places(messages: Sequence[Message]) -> dict[str, int]:
-    """Anchor -> index of the message that carries it; -1: a system message has yet to be made.
-
-    A system message whose content is neither text nor parts is left for the upstream to refuse.
-    """
-    head = next((i for i, message in enumerate(messages) if message.get("role") in _SYSTEM_ROLES), -1)
-    usable = head < 0 or isinstance(messages[head].get("content"), str | list | tuple | None)
-    places = {SYSTEM: head} if usable else {}
-    seen: Counter[str] = Counter()
-    for index in human_indexes(messages):
-        digest = hashlib.sha256(message_text(messages[index]).encode("utf-8", "surrogatepass")).hexdigest()[:40]
-        seen[digest] += 1
-        places[f"{digest}#{seen[digest]}"] = index
-    return places
-
-
-def _newest_human(places: Mapping[str, int]) -> str | None:
-    anchors = [anchor for anchor in places if anchor != SYSTEM]
-    return anchors[-1] if anchors else None
 
 
 def _apply(messages: list[dict[str, Any]], index: int, block: _Block) -> None:

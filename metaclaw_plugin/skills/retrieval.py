@@ -17,7 +17,7 @@ from metaclaw_plugin.settings import SkillSettings
 from metaclaw_plugin.skills.embedding import Embedder, Vectors
 from metaclaw_plugin.skills.lexical import LexicalIndex, Vocabulary, skill_terms, terms
 from metaclaw_plugin.skills.library import Library, View
-from metaclaw_plugin.skills.query import Query, build_query
+from metaclaw_plugin.skills.query import Query, awaits_answer, build_query
 from metaclaw_plugin.skills.skill_file import Skill
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,13 @@ class Retriever:
             threshold = LEXICAL_THRESHOLD
         return within_budget(relevant(ranked, threshold), self._settings.max_skills, self._settings.max_tokens)
 
+    def select_for_new(self, agent: str, messages: Sequence[Mapping[str, Any]]) -> tuple[Skill, ...]:
+        """As ``select``; nothing for a request that goes on with a tool loop, which has its skills already."""
+        return self.select(agent, messages) if awaits_answer(messages) else ()
+
     @property
     def takes_long(self) -> bool:
-        """Whether a selection asks a model or an endpoint: then it has no place inside a transaction."""
+        """Whether a selection asks a model or an endpoint: too much for every request of a tool loop."""
         return self._embedder is not None
 
     @property

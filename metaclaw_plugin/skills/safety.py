@@ -1,6 +1,7 @@
 """What an evolved skill may not say. Conversations are hostile text, and a skill made of them speaks with our voice.
 
-The scan is strict rather than clever: a refused edit costs one lesson, an accepted attack stays in every prompt.
+The scan is strict rather than clever: a refused edit costs one lesson, an accepted attack stays in every prompt. Each
+pattern takes time in proportion to the text: what repeats is bounded wherever what must follow may be missing.
 Skills that the owner writes or imports are not held to the rules about wording, only to the format and to secrets.
 """
 
@@ -14,20 +15,21 @@ _SECRETS = (
     ("an API key", r"\b(?:sk|pk|rk|mc|ghp|gho|ghs|glpat|hf|xox[abprs]|npm|pypi)[-_][A-Za-z0-9_-]{16,}"),
     ("an AWS key", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     ("a Google key", r"\bAIza[A-Za-z0-9_-]{30,}"),
-    ("a signed token", r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\."),
+    ("a signed token", r"\beyJ[A-Za-z0-9_-]{10,500}\.[A-Za-z0-9_-]{10}"),
     ("a credential in a link", r"://[^/\s:@]{1,100}:[^/\s:@]{3,100}@"),
     (
         "a password",
         r"(?i)\b(?:password|passwd|passphrase|secret|token|api[ _-]?key)\b\s*(?:is|=|:)\s*"
-        r"(?=[^\s]*[0-9!@#$%^&*])[^\s<>{}$()]{6,}",
+        r"(?=[^\s]{0,200}[0-9!@#$%^&*])[^\s<>{}$()]{6,}",
     ),
     (
         "a long random string",
-        r"\b(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Z])(?=[A-Za-z0-9_-]*[a-z])[A-Za-z0-9_-]{32,}\b",
+        r"\b(?=[A-Za-z0-9_-]{0,200}[0-9])(?=[A-Za-z0-9_-]{0,200}[A-Z])(?=[A-Za-z0-9_-]{0,200}[a-z])"
+        r"[A-Za-z0-9_-]{32}",
     ),
     ("a long random string", r"\b(?=[0-9a-f]*[0-9])(?=[0-9a-f]*[a-f])[0-9a-f]{32,}\b"),
     ("a card number", r"\b(?:\d[ -]?){15}\d\b"),
-    ("an e-mail address", r"\b[\w.+-]+@(?!example\.)[\w-]+\.[\w.-]*[a-z]{2,}"),
+    ("an e-mail address", r"\b[\w.+-]{1,64}@(?!example\.)[\w-]{1,63}\.[\w.-]{0,200}[a-z]{2}"),
 )
 _NOT = r"(?<!never )(?<!not )(?<!don't )(?<!avoid )(?<!refuse to )(?<!without )(?<!nor )"
 _PRIVATE = (
@@ -64,7 +66,7 @@ _HOSTILE = (
         r"[^.\n]{0,40}\b" + _GUARDS,
     ),
     ("hides something from the user", _HIDE + r"\b(?:user|owner|human|anyone|them)\b"),
-    ("claims a role", r"(?m)^\s*(?:system|assistant|user|developer)\s*:|<\|[a-z_]+\|>|\[/?INST\]|<</?SYS>>"),
+    ("claims a role", r"(?m)^[^\S\n]*(?:system|assistant|user|developer)\s*:|<\|[a-z_]+\|>|\[/?INST\]|<</?SYS>>"),
     (
         "pretends to come from above",
         r"\b(?:new|updated|real) (?:system prompt|instructions) (?:from|by|:)|\byou are now\b|\bjailbreak|"
@@ -77,12 +79,10 @@ _HOSTILE = (
     ),
     (
         "destroys data",
-        r"\brm\s+-[a-z]*[rf][a-z]*\s+(?:/|~|\$HOME|\*)|\bmkfs\b|\bdd\s+if=|\bdrop\s+(?:table|database)\b|:\(\)\s*\{",
+        r"\brm\s+-(?=[a-z]*[rf])[a-z]+\s+(?:/|~|\$HOME|\*)|\bmkfs\b|\bdd\s+if=|\bdrop\s+(?:table|database)\b|:\(\)\s*\{",
     ),
 )
-_LINK = re.compile(
-    r"(?i)\b(?:https?|ftp|file|data|javascript)://?[^\s]{3,}|\bwww\.[^\s]+|!\[[^\]]*\]\(|\]\(\s*(?:/|\.\.)"
-)
+_LINK = re.compile(r"(?i)\b(?:https?|ftp|file|data|javascript)://?[^\s]{3,}|\bwww\.[^\s]+|\]\(\s*(?:/|\.\.)")
 _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]")
 
 
@@ -97,7 +97,8 @@ def find_hostile(text: str) -> list[str]:
     plain = " ".join(unicodedata.normalize("NFKC", _HIDDEN.sub("", text)).replace("’", "'").split(" "))
     lines = re.sub(r"[*_`]", "", plain)
     found += [what for what, pattern in _HOSTILE if re.search(pattern, lines, re.IGNORECASE)]
-    if _LINK.search(plain):
+    image = plain.find("![")
+    if _LINK.search(plain) or (image >= 0 and plain.find("](", image) >= 0):
         found.append("links out of its folder")
     return found
 

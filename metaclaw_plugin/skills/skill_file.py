@@ -40,7 +40,7 @@ MAX_DESCRIPTION = 1_024  # characters, as the format says
 MAX_METADATA = 32  # entries
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_MARK = re.compile(rf"<\s*/?\s*{BLOCK_OPEN.strip('<>')}", re.IGNORECASE)  # what ends or opens the injected block
+_MARK = re.compile(rf"<\s*(?:/\s*)?{BLOCK_OPEN.strip('<>')}", re.IGNORECASE)  # what ends or opens the injected block
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed: they steer terminals, not readers
 
 

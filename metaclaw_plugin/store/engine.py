@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from metaclaw_plugin.store.sqlite_file import file_of, make_private, stay_with_f
 from metaclaw_plugin.store.upgrade import bring_up_to_date, is_up_to_date
 
 _BUSY = 5.0  # seconds that a connection waits for another's lock
+# libpq's, unless the URL says otherwise: a server that has vanished is known for it within seconds, and not after TCP's
+# quarter of an hour. One that hangs keeps its connections; whoever waits for it must bound the wait.
+_REMOTE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # milliseconds
+}
 _WRITES = "metaclaw_writes"  # execution option of a connection whose transaction will write
 _SET_UP_LOCK = 0x6D657461  # advisory lock that keeps two processes from creating tables at once
 
@@ -41,10 +50,11 @@ class StoreEngine(Engine):
                 yield connection
 
 
-def open_store(url: str) -> Engine:
+def open_store(url: str, statement_timeout: float | None = None) -> Engine:
     """Open the store at ``url``; an empty one gets its tables, one of an older release is upgraded.
 
-    SQLite runs in WAL mode: what was committed survives ``kill -9`` of any process.
+    SQLite runs in WAL mode: what was committed survives ``kill -9`` of any process. ``statement_timeout``: seconds
+    after which PostgreSQL ends a statement, for a process in which requests wait; an upgrade takes what it takes.
 
     Raises:
         StoreError: if the database cannot be opened.
@@ -55,19 +65,24 @@ def open_store(url: str) -> Engine:
             parsed = parsed.set(drivername="postgresql+psycopg")
         if (path := file_of(parsed)) is not None:
             make_private(Path(path))
-        plain = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+        remote = parsed.get_backend_name() == "postgresql"
+        given = {name: value for name, value in _REMOTE.items() if name not in parsed.query} if remote else {}
+        plain = sa.create_engine(parsed, pool_pre_ping=remote, connect_args=given)
     except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
         raise StoreError(f"cannot open the store {_shown(url)}: {error}; check metaclaw.store.url") from error
     engine = StoreEngine(plain.pool, plain.dialect, plain.url, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         sa.event.listen(plain, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    elif statement_timeout is not None:
+        sa.event.listen(plain, "connect", partial(_limit_statements, statement_timeout))
     try:
         with engine.connect() as c:
             ready = is_up_to_date(c)
         if not ready:
             with engine.begin() as c:
                 if engine.dialect.name == "postgresql":
+                    c.exec_driver_sql("SET LOCAL statement_timeout = 0")
                     c.execute(sa.select(sa.func.pg_advisory_xact_lock(_SET_UP_LOCK)))
                 bring_up_to_date(c)
     except SQLAlchemyError as error:
@@ -125,6 +140,13 @@ def _shown(url: str) -> str:
         return sa.make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
         return "(not a database URL)"
+
+
+def _limit_statements(seconds: float, connection: Any, _record: object) -> None:
+    # Not among the connection's start-up options, which poolers such as PgBouncer refuse.
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET statement_timeout = {round(1000 * seconds)}")
+    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

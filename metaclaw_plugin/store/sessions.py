@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from metaclaw_plugin.store.engine import insert_or_ignore, put
 _S = schema.sessions.c
 _K = schema.chain.c
 _OPEN = _S.closed_at.is_(None)
+_COUNTED = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}):([0-9]{1,9})")
 
 # What every request executes is built once: building a statement costs several times its execution.
 _NAMED = sa.select(_S.id, _S.epoch).where(
@@ -246,9 +248,9 @@ def find_session(c: Connection, agents: Sequence[str], name: str) -> str:
     Raises:
         UnknownSessionError: if there is none, or it is another agent's.
     """
-    evidence = ("x-session-id", "x-litellm-session-id", "affinity", "prompt_cache_key", "metadata", "runtime")
+    sources = ("x-session-id", "x-litellm-session-id", "affinity", "prompt_cache_key", "metadata", "runtime")
     value, epoch = split_epoch(name)
-    keys = {Evidence(source, text).key for source in evidence for text in (name, value)}
+    keys = {Evidence(source, name).key for source in sources} | {Evidence("affinity", value).key}
     query = (
         sa.select(_S.id)
         .where(_S.agent.in_(agents), sa.or_(_S.id == name, sa.and_(_S.evidence_key.in_(keys), _OPEN)))
@@ -262,8 +264,10 @@ def find_session(c: Connection, agents: Sequence[str], name: str) -> str:
 
 
 def split_epoch(value: str) -> tuple[str, int]:
-    """``"uuid:3"`` -> ``("uuid", 3)``: OpenClaw counts resets and compactions; without a count, epoch 0."""
-    head, colon, tail = value.rpartition(":")
-    if colon and head and tail.isascii() and tail.isdigit() and len(tail) <= 9:
-        return head, int(tail)
-    return value, 0
+    """``"<uuid>:3"`` -> ``("<uuid>", 3)``: OpenClaw counts resets and compactions so; anything else is epoch 0.
+
+    Other clients end their ids in numbers that count nothing, as in ``telegram:12345``.
+    """
+    if (found := _COUNTED.fullmatch(value)) is None:
+        return value, 0
+    return found[1], int(found[2])

@@ -160,6 +160,13 @@ def test_a_tools_result_is_read_for_failure(result: str, bad: bool, sure: float)
     assert reward.confidence == sure
 
 
+@pytest.mark.parametrize("result", ["\n" * 16_000, "exit" + " " * 16_000, "exit code" + "\t" * 16_000, "[" * 16_000])
+def test_no_result_of_a_tool_takes_long_to_read(result: str) -> None:
+    started = time.process_time()
+    tool_outcome(result)
+    assert time.process_time() - started < 1
+
+
 def test_the_share_of_failures_and_a_repeated_call_count() -> None:
     half = tool_outcome("ok", "exit code 1", calls=2)
     whole = tool_outcome("exit code 1")

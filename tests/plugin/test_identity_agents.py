@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,26 +151,26 @@ class Clock:
         return self.now
 
 
-def test_key_is_remembered_for_seconds_and_a_revoked_one_soon_refused(store: Engine) -> None:
+async def test_key_is_remembered_for_seconds_and_a_revoked_one_soon_refused(store: Engine) -> None:
     clock = Clock()
-    cache = KeyCache(store, clock)
+    cache = KeyCache(store, 5.0, clock)
     with store.begin() as c:
         agents.add_agent(c, "alpha")
         key = agents.new_key(c, ["alpha"])
     assert cache.peek(key.secret) is None
-    assert cache.look_up(key.secret) == agents.KeyIdentity(key.id, ("alpha",))
+    assert await cache.look_up(key.secret) == agents.KeyIdentity(key.id, ("alpha",))
     with store.begin() as c:
         agents.revoke_key(c, key.id)
     clock.now = FRESH - 0.1
     assert cache.peek(key.secret) is not None
     clock.now = FRESH
     assert cache.peek(key.secret) is None
-    assert cache.look_up(key.secret) is None
-    assert cache.look_up("mc-unknown") is None
+    assert await cache.look_up(key.secret) is None
+    assert await cache.look_up("mc-unknown") is None
 
 
 @pytest.mark.law(5)
-def test_law_5_known_keys_go_on_while_the_store_does_not_answer(store: Engine) -> None:
+async def test_law_5_known_keys_go_on_while_the_store_does_not_answer(store: Engine) -> None:
     clock = Clock()
     engine = sa.create_engine(store.url)
     failing: list[bool] = []
@@ -177,28 +180,60 @@ def test_law_5_known_keys_go_on_while_the_store_does_not_answer(store: Engine) -
         if failing:
             raise OperationalError("select", {}, RuntimeError("disk gone"))
 
-    cache = KeyCache(engine, clock)
+    cache = KeyCache(engine, 5.0, clock)
     with store.begin() as c:
         agents.add_agent(c, "alpha")
         key = agents.new_key(c, ["alpha"])
-    known = cache.look_up(key.secret)
+    known = await cache.look_up(key.secret)
     failing.append(True)
     clock.now = STALE - 1
-    assert cache.look_up(key.secret) == known
+    assert await cache.look_up(key.secret) == known
     with pytest.raises(OperationalError):
-        cache.look_up("mc-unknown")
+        await cache.look_up("mc-unknown")
     clock.now = STALE + 1
     with pytest.raises(OperationalError):
-        cache.look_up(key.secret)
+        await cache.look_up(key.secret)
     engine.dispose()
 
 
-def test_remembered_keys_are_bounded(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.law(5)
+async def test_law_5_a_store_that_hangs_is_not_waited_for_without_end(store: Engine) -> None:
+    clock, answers = Clock(), threading.Event()
+    engine = sa.create_engine(store.url)
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def hang(*_: object) -> None:
+        answers.wait(30)
+
+    with store.begin() as c:
+        agents.add_agent(c, "alpha")
+        key, other = agents.new_key(c, ["alpha"]), agents.new_key(c, ["alpha"])
+    cache = KeyCache(engine, 0.2, clock)
+    before = sum(thread.name.startswith("metaclaw-keys") for thread in threading.enumerate())
+    answers.set()
+    known = await cache.look_up(key.secret)
+    answers.clear()
+    clock.now = FRESH
+    started = time.monotonic()
+    assert await cache.look_up(key.secret) == known, "after one wait"
+    for _ in range(20):
+        assert await cache.look_up(key.secret) == known, "without any"
+    strangers = await asyncio.gather(*(cache.look_up(f"mc-{n}") for n in range(20)), return_exceptions=True)
+    assert {type(found) for found in strangers} == {TimeoutError}
+    assert time.monotonic() - started < 5
+    assert sum(thread.name.startswith("metaclaw-keys") for thread in threading.enumerate()) - before <= 4
+    answers.set()
+    clock.now = 2 * FRESH + 1
+    assert await cache.look_up(other.secret) == agents.KeyIdentity(other.id, ("alpha",))
+    engine.dispose()
+
+
+async def test_remembered_keys_are_bounded(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys_module, "_CACHED", 2)
-    cache = KeyCache(store, Clock())
+    cache = KeyCache(store, 5.0, Clock())
     with store.begin() as c:
         agents.add_agent(c, "alpha")
         made = [agents.new_key(c, ["alpha"]).secret for _ in range(3)]
     for secret in made:
-        cache.look_up(secret)
+        await cache.look_up(secret)
     assert [cache.peek(secret) is not None for secret in made] == [False, True, True]

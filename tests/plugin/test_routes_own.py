@@ -22,6 +22,7 @@ from tests.store_cases import a_trace, opened
 
 ALPHA = {"authorization": "alpha"}
 BETA = {"authorization": "beta"}
+POOL = {"authorization": "alpha,beta"}
 NOBODY = {"authorization": ""}
 
 
@@ -72,8 +73,7 @@ async def test_feedback_before_its_trace_is_kept_for_it(client: httpx.AsyncClien
 
 
 async def test_feedback_of_a_pool_key_goes_to_the_agent_that_answered(client: httpx.AsyncClient) -> None:
-    pool = {"authorization": "alpha,beta"}
-    reply = await client.post("/feedback", json={"trace_id": "tr-b", "value": 1}, headers=pool)
+    reply = await client.post("/feedback", json={"trace_id": "tr-b", "value": 1}, headers=POOL)
     assert (reply.json()["agent"], reply.json()["trace_id"]) == ("beta", "tr-b")
 
 
@@ -136,6 +136,44 @@ async def test_law_4_anothers_session_is_not_there(client: httpx.AsyncClient, st
         assert reply.status_code == 404
     with store.connect() as c:
         assert load_session(c, session).closed_at is None
+
+
+@pytest.mark.law(4)
+async def test_law_4_a_pool_key_ends_the_session_of_the_agent_that_it_names(
+    client: httpx.AsyncClient, store: Engine
+) -> None:
+    with store.begin() as c:
+        alphas = opened(c, "alpha", Evidence("x-session-id", "s1"), 1.0)
+        betas = opened(c, "beta", Evidence("x-session-id", "s1"), 2.0)
+    reply = await client.post("/sessions/s1/end", headers=POOL | {"x-agent-id": "alpha"})
+    assert reply.json() == {"session": alphas, "closed": True}
+    with store.connect() as c:
+        assert load_session(c, betas).closed_at is None
+    again = await client.post("/sessions/s1/end", headers=POOL | {"x-agent-id": "alpha"})
+    assert again.status_code == 404
+    assert (await client.post("/sessions/s1/end", headers=POOL)).json()["session"] == betas
+
+
+@pytest.mark.law(4)
+async def test_law_4_every_route_is_held_to_the_agent_that_is_named(client: httpx.AsyncClient) -> None:
+    beta = POOL | {"x-agent-id": "beta"}
+    assert [row["id"] for row in (await client.get("/traces", headers=beta)).json()["data"]] == ["tr-b"]
+    assert (await client.get("/traces", params={"agent": "alpha"}, headers=beta)).status_code == 404
+    assert (await client.get("/traces/tr-0", headers=beta)).status_code == 404
+    assert [row["agent"] for row in (await client.get("/status", headers=beta)).json()["agents"]] == ["beta"]
+    late = await client.post("/feedback", json={"trace_id": "tr-0", "value": 1}, headers=beta)
+    assert (late.json()["agent"], late.json()["trace_id"]) == ("beta", None)
+
+
+@pytest.mark.law(4)
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/sessions/s1/end"), ("GET", "/traces"), ("GET", "/traces/tr-0"), ("GET", "/status")]
+)
+async def test_law_4_an_agent_that_the_key_does_not_act_for_is_403(
+    client: httpx.AsyncClient, method: str, path: str
+) -> None:
+    reply = await client.request(method, path, headers=ALPHA | {"x-agent-id": "beta"})
+    assert reply.status_code == 403
 
 
 @pytest.mark.law(4)

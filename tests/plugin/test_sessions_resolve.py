@@ -11,7 +11,7 @@ from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.sessions import RequestEvidence
 from metaclaw_plugin.store.sessions import find_session
 from metaclaw_plugin.store.traces import insert_traces, load_session
-from tests.session_cases import INTERNAL, SETTINGS, answer, ask, said, user
+from tests.session_cases import INTERNAL, SETTINGS, UUID, answer, ask, said, user
 from tests.store_cases import a_trace
 
 
@@ -20,8 +20,9 @@ from tests.store_cases import a_trace
     [
         ({}, {"x_session_id": "one"}),
         ({}, {"x_litellm_session_id": "one"}),
-        ({}, {"x_session_affinity": "one:0"}),
-        ({}, {"session_id": "one:0"}),
+        ({}, {"x_session_affinity": "one"}),
+        ({}, {"x_session_affinity": f"{UUID}:3"}),
+        ({}, {"session_id": "one"}),
         ({"prompt_cache_key": "one"}, {}),
         ({"metadata": {"session_id": "one"}}, {}),
         ({"metadata": {"user_id": "user_ab_account__session_0f8fad5b-d9cb-469f-a165-70867728950e"}}, {}),
@@ -35,7 +36,7 @@ def test_each_kind_of_evidence_names_a_session(store: Engine, body: dict[str, An
     assert (first.session, first.turn, first.exchange) == (second.session, 0, 0)
     assert (second.turn, second.exchange) == (1, 1)
     with store.connect() as c:
-        name = "0f8fad5b-d9cb-469f-a165-70867728950e" if "user_id" in str(body) else "one"
+        name = UUID if UUID in f"{body}{headers}" else "one"
         assert find_session(c, ["alpha"], name) == first.session
     assert stranger.session != first.session
 
@@ -69,16 +70,43 @@ def test_law_4_the_same_evidence_of_two_agents_is_two_sessions(store: Engine) ->
 
 
 def test_raised_epoch_ends_the_session(store: Engine) -> None:
-    first = ask(store, user("a"), x_session_affinity="one:0")
-    again = ask(store, user("b"), x_session_affinity="one:0")
-    raised = ask(store, user("c"), x_session_affinity="one:1")
-    late = ask(store, user("d"), x_session_affinity="one:0")
+    first = ask(store, user("a"), x_session_affinity=f"{UUID}:0")
+    again = ask(store, user("b"), x_session_affinity=f"{UUID}:0")
+    raised = ask(store, user("c"), x_session_affinity=f"{UUID}:1")
+    late = ask(store, user("d"), x_session_affinity=f"{UUID}:0")
     assert again.session == first.session
     assert raised.session != first.session
     assert late.session not in {first.session, raised.session}
     with store.connect() as c:
         assert load_session(c, first.session).closed_at is not None
         assert load_session(c, raised.session).closed_at is None
+
+
+@pytest.mark.parametrize("by", ["x_session_affinity", "session_id", "prompt_cache_key"])
+def test_a_number_at_the_end_of_another_clients_id_is_no_epoch(store: Engine, by: str) -> None:
+    def ask_in(chat: str) -> str:
+        if by == "prompt_cache_key":
+            return ask(store, user("a"), body={by: chat}).session
+        return ask(store, user("a"), **{by: chat}).session
+
+    first, second = ask_in("telegram:12345"), ask_in("telegram:12346")
+    assert first != second
+    assert ask_in("telegram:12345") == first, "it is still open"
+    with store.connect() as c:
+        assert find_session(c, ["alpha"], "telegram:12345") == first
+        assert find_session(c, ["alpha"], "telegram:12346") == second
+
+
+@pytest.mark.parametrize("by", ["session_id", "prompt_cache_key"])
+def test_an_epoch_is_read_where_openclaw_alone_writes_it(store: Engine, by: str) -> None:
+    def ask_in(value: str) -> str:
+        if by == "prompt_cache_key":
+            return ask(store, user("a"), body={by: value}).session
+        return ask(store, user("a"), **{by: value}).session
+
+    first, second = ask_in(f"{UUID}:17"), ask_in(f"{UUID}:18")
+    assert first != second
+    assert ask_in(f"{UUID}:17") == first
 
 
 def test_conversation_itself_is_the_last_evidence(store: Engine) -> None:
@@ -160,9 +188,9 @@ def test_same_conversation_through_the_other_dialects(store: Engine) -> None:
         {"type": "function_call_output", "call_id": "c", "output": "ok"},
     ]
     for messages in (anthropic, responses):
-        evidence = RequestEvidence({}, {}, messages)
+        heard = sessions.hear(RequestEvidence({}, {}, messages), SETTINGS)
         with store.begin() as c:
-            turn = sessions.resolve(c, "alpha", evidence, 2.0, SETTINGS)
+            turn = sessions.resolve(c, "alpha", heard, 2.0, SETTINGS)
         assert (turn.session, turn.exchange, turn.new_exchange) == (first.session, 0, False)
 
 

@@ -15,7 +15,7 @@ from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.sessions import RequestEvidence
 from metaclaw_plugin.store.sessions import find_session, is_held_out
 from metaclaw_plugin.store.traces import load_session
-from tests.session_cases import INTERNAL, SETTINGS, answer, ask, said, user
+from tests.session_cases import INTERNAL, SETTINGS, UUID, answer, ask, said, user
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -146,12 +146,12 @@ def test_answer_that_comes_after_its_session_was_closed_leaves_no_chain(store: E
 @pytest.mark.law(4)
 def test_law_4_a_session_is_found_by_either_name_among_ones_own(store: Engine) -> None:
     turn = ask(store, user("a"), x_session_id="ann's chat")
-    epoch = ask(store, user("a"), x_session_affinity="uuid:4")
+    epoch = ask(store, user("a"), x_session_affinity=f"{UUID}:4")
     with store.connect() as c:
         assert find_session(c, ["alpha"], turn.session) == turn.session
         assert find_session(c, ["beta", "alpha"], "ann's chat") == turn.session
-        assert find_session(c, ["alpha"], "uuid:4") == epoch.session
-        assert find_session(c, ["alpha"], "uuid") == epoch.session
+        assert find_session(c, ["alpha"], f"{UUID}:4") == epoch.session
+        assert find_session(c, ["alpha"], UUID) == epoch.session
         for agents in ([], ["beta"]):
             with pytest.raises(UnknownSessionError):
                 find_session(c, agents, turn.session)
@@ -185,8 +185,9 @@ def test_one_session_in_ten_is_held_out() -> None:
 )
 @pytest.mark.law(9)
 def test_law_9_nonsense_is_a_session_of_its_own(store: Engine, body: dict[str, Any]) -> None:
+    heard = sessions.hear(RequestEvidence({}, body), SETTINGS)
     with store.begin() as c:
-        turn = sessions.resolve(c, "alpha", RequestEvidence({}, body), 0.0, SETTINGS)
+        turn = sessions.resolve(c, "alpha", heard, 0.0, SETTINGS)
         sessions.settle(c, turn, [said("ok")], 1.0, None)
     assert turn.turn == 0
 
@@ -197,8 +198,9 @@ def test_captured_openclaw_requests(store: Engine) -> None:
     for file in sorted(folder.glob("*.json")):
         request = json.loads(file.read_text(encoding="utf-8"))
         headers = {name.lower(): value for name, value in request["headers"]}
+        heard = sessions.hear(RequestEvidence(headers, request["body"]), SETTINGS)
         with store.begin() as c:
-            turn = sessions.resolve(c, "alpha", RequestEvidence(headers, request["body"]), 0.0, SETTINGS)
+            turn = sessions.resolve(c, "alpha", heard, 0.0, SETTINGS)
         kinds[file.stem] = turn.kind
     assert kinds == {
         "aux_session_title": Kind.SIDE,

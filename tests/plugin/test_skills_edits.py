@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from metaclaw_plugin.errors import SkillError
-from metaclaw_plugin.skills.edits import Limits, judge_edits, nearest, parse_answer, similarity
+from metaclaw_plugin.skills.edits import MAX_ANSWER, Limits, judge_edits, nearest, parse_answer, similarity
 from metaclaw_plugin.skills.library import View
 from metaclaw_plugin.skills.skill_file import SHARED, Skill, parse_skill, render_skill
 
@@ -46,6 +47,13 @@ def add(
 )
 def test_the_json_is_found_in_what_a_model_writes_around_it(text: str) -> None:
     assert parse_answer(text) == [{"action": "retire", "name": "x"}]
+
+
+def test_thoughts_that_never_end_are_not_gone_through_again_and_again() -> None:
+    started = time.process_time()
+    with pytest.raises(SkillError):
+        parse_answer("<think>" * (MAX_ANSWER // 7))
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("text", ["", "no", '{"edits": "x"}', '{"edits": [1]}', "{" * 5000, "x" * 300_000])

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from metaclaw_hooks.types import Agent, Kind, Mode
 from sqlalchemy.engine import Engine
 
-from metaclaw_plugin.skills.injection import Injection, is_withheld, plan_injection
+from metaclaw_plugin.skills.injection import Injection, anchor_messages, is_withheld, plan_injection
 from metaclaw_plugin.skills.query import BLOCK_OPEN
 from metaclaw_plugin.skills.skill_file import Skill
 from metaclaw_plugin.store.engine import open_store
@@ -38,7 +38,7 @@ def plan(
 ) -> Injection:
     before = copy.deepcopy(messages)
     with store.begin() as c:
-        result = plan_injection(c, agent, turn, messages, chosen, share)
+        result = plan_injection(c, agent, turn, anchor_messages(messages), chosen, share)
     assert messages == before, "the caller's messages must not change"
     return result
 

@@ -14,7 +14,7 @@ from metaclaw_hooks.types import Agent, Mode
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.settings import SkillSettings
-from metaclaw_plugin.skills.injection import plan_injection
+from metaclaw_plugin.skills.injection import anchor_messages, plan_injection
 from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.query import BLOCK_OPEN, awaits_answer, build_query
 from metaclaw_plugin.skills.retrieval import Retriever
@@ -65,7 +65,7 @@ def test_no_message_is_too_odd(retriever: Retriever, engine: Engine, messages: l
     with engine.connect() as plain:
         c = plain.execution_options(metaclaw_writes=True)
         with c.begin() as transaction:
-            planned = plan_injection(c, Agent("alpha", Mode.RL), FakeTurn(), messages, [skill("a")])
+            planned = plan_injection(c, Agent("alpha", Mode.RL), FakeTurn(), anchor_messages(messages), [skill("a")])
             transaction.rollback()
     assert messages == before
     untouched = [message for message in planned.messages if BLOCK_OPEN not in str(message)]

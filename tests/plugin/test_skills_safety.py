@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from metaclaw_plugin.skills.install import STARTER
@@ -81,3 +83,26 @@ def test_honest_lessons_pass(text: str) -> None:
 def test_the_starter_set_carries_no_secret() -> None:
     for folder in STARTER.iterdir():
         assert find_secrets((folder / FILE_NAME).read_text()) == [], folder.name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 100_000,
+        "rm -" + "f" * 100_000,
+        "![" * 50_000,
+        "eyJ-" * 25_000,
+        "eyJaaaaaaaaaaaa-" * 6_000,
+        "token=" * 16_000,
+        "1." * 50_000,
+        "-a" * 50_000,
+        "a@a." + "1" * 100_000,
+        "do not tell " * 8_000,
+        "send " * 20_000,
+    ],
+    ids=lambda text: text[:8],
+)
+def test_no_text_takes_long_to_look_through(text: str) -> None:
+    started = time.process_time()
+    objections(text)
+    assert time.process_time() - started < 3

@@ -31,8 +31,9 @@ def work(url: str, me: int) -> None:
         shared = RequestEvidence({"x-session-id": "shared"}, {"messages": [{"role": "user", "content": f"{me} {n}"}]})
         talk.append({"role": "user", "content": f"question {n} to process {me}"})
         with engine.begin() as c:
-            ours = sessions.resolve(c, "alpha", shared, time.time(), SETTINGS)
-            alone = sessions.resolve(c, "alpha", RequestEvidence({}, {"messages": talk}), time.time(), SETTINGS)
+            ours = sessions.resolve(c, "alpha", sessions.hear(shared, SETTINGS), time.time(), SETTINGS)
+            heard = sessions.hear(RequestEvidence({}, {"messages": talk}), SETTINGS)
+            alone = sessions.resolve(c, "alpha", heard, time.time(), SETTINGS)
         answer = {"role": "assistant", "content": f"answer {n} of process {me}"}
         with engine.begin() as c:
             for turn, name in ((ours, "shared"), (alone, "alone")):

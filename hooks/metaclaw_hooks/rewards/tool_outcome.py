@@ -13,11 +13,13 @@ from metaclaw_hooks.types import Message, Reward, Trace, message_text
 
 SOURCE = "tool_outcome"
 
+# Tools say anything: what repeats in a pattern is bounded, so that no result takes longer than its length.
 _EXIT = re.compile(
-    r"\b(?:exit(?:ed)?(?: with)?(?: (?:code|status))?|returncode|exit[_ ]code)\"?\s*[:=]?\s*(-?\d+)\b", re.I
+    r"\b(?:exit(?:ed)?(?: with)?(?: (?:code|status))?|returncode|exit[_ ]code)\"?\s{0,8}[:=]?\s{0,8}(-?\d{1,9})\b", re.I
 )
 _ERROR = re.compile(
-    r"Traceback \(most recent call last\)|^\s*(?:fatal |\w*)error\b\s*:|command not found|No such file or directory"
+    r"Traceback \(most recent call last\)|^[^\S\n]*(?:fatal |\w*)error\b\s{0,8}:|command not found"
+    r"|No such file or directory"
     r"|Permission denied|\bENOENT\b|\bEACCES\b|segmentation fault|invalid (?:arguments?|parameters?)|unknown tool",
     re.I | re.M,
 )
@@ -55,7 +57,7 @@ def _judge(text: str) -> tuple[bool, float]:
     shown = text if len(text) <= 2 * _LOOKED_AT else text[:_LOOKED_AT] + text[-_LOOKED_AT:]
     try:
         data: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if isinstance(data, Mapping):
         for name in ("is_error", "isError"):
@@ -88,6 +90,6 @@ def _key(call: Mapping[str, Any]) -> tuple[str, str]:
     arguments = function.get("arguments")
     try:
         arguments = json.dumps(json.loads(arguments), sort_keys=True) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = str(arguments)
     return str(function.get("name")), str(arguments)
