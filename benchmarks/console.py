@@ -153,6 +153,7 @@ def _versions(start: float) -> Iterator[dict[str, Any]]:
                 "manifest": manifest,
                 "decision": {"accepted": True, "sentence": f"v{number}: +0.02 ± 0.05 on 40 prompts, serving"},
                 "decided_at": at + 30,
+                "served_at": at + 30,
                 "created_at": at,
             }
 

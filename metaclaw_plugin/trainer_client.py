@@ -76,9 +76,10 @@ class TrainerClient:
         """New versions past the cursor ``after``, ascending; while there is none, the answer takes ``wait`` seconds."""
         return (await self._ask(VersionsReply, "GET", f"/v1/versions?after={int(after)}&wait={wait:g}")).versions
 
-    async def set_served(self, versions: Sequence[str]) -> ServedReply:
-        """The whole set of versions, as ``agent@vN``, that vLLM shall hold."""
-        return await self._ask(ServedReply, "PUT", "/v1/served", ServedRequest(versions=list(versions)))
+    async def set_served(self, versions: Sequence[str], keep: Sequence[str] = ()) -> ServedReply:
+        """The whole set of versions, as ``agent@vN``, that vLLM shall hold; the files of ``keep`` stay besides."""
+        body = ServedRequest(versions=list(versions), keep=list(keep))
+        return await self._ask(ServedReply, "PUT", "/v1/served", body)
 
     async def set_head(self, agent: str, version: int) -> None:
         """Let the next step start from ``version`` (0: from the base model)."""

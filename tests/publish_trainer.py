@@ -32,9 +32,9 @@ class LocalTrainer:
         assert wait == 0.0, "nothing here waits"
         return self.versions_.after(after)
 
-    async def set_served(self, versions: Sequence[str]) -> ServedReply:
+    async def set_served(self, versions: Sequence[str], keep: Sequence[str] = ()) -> ServedReply:
         def bring() -> ServedReply:
-            unknown = self.versions_.set_served(versions)
+            unknown = self.versions_.set_served(versions, keep)
             held, failed = self.reconciler.outcome(versions, self.reconciler.once(retry_refused=True))
             reasons = (unknown | failed).items()
             return ServedReply(held=held, failed=[Refusal(id=name, reason=reason) for name, reason in reasons])

@@ -16,6 +16,7 @@ from metaclaw_hooks.wire import Refusal, ServedReply, VersionBody
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.errors import TrainerUnavailableError
+from metaclaw_plugin.gateway.routing import InFlight
 from metaclaw_plugin.settings import PublishSettings, Settings
 from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.engine import open_store
@@ -50,6 +51,7 @@ class Trainer:
 
     made: list[VersionBody] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     history: list[list[str]] = field(default_factory=list)
     heads: list[tuple[str, int]] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
@@ -71,8 +73,9 @@ class Trainer:
             await asyncio.sleep(0.01)
         return new
 
-    async def set_served(self, versions: Sequence[str]) -> ServedReply:
+    async def set_served(self, versions: Sequence[str], keep: Sequence[str] = ()) -> ServedReply:
         self._call()
+        self.kept = list(keep)
         self.held = [name for name in versions if name not in self.broken]
         self.history.append(list(versions))
         failed = [Refusal(id=name, reason=self.broken[name]) for name in versions if name in self.broken]
@@ -132,16 +135,33 @@ class Turn:
     adapter_version: int | None = None
 
 
-def context(folder: Path) -> Context:
-    """What a publisher is given, with its own empty store in ``folder``."""
+def context(folder: Path, engine: Engine | None = None) -> Context:
+    """What a publisher is given, with its own empty store in ``folder`` unless ``engine`` is one."""
     settings = Settings(home=folder, publish=PublishSettings(policy="always", retry_interval=0.001))
     return Context(
         settings,
-        open_store(f"sqlite:///{folder / 'metaclaw.db'}"),
+        engine or open_store(f"sqlite:///{folder / 'metaclaw.db'}"),
         Trainer(),
         Plugins(),
         httpx.AsyncClient(transport=httpx.MockTransport(unasked)),
     )
+
+
+def in_trial(ctx: Context) -> None:
+    """From now on accepted versions go on trial."""
+    publish = ctx.settings.publish.model_copy(update={"canary_share": 0.3, "canary_rewards": 8})
+    ctx.settings = ctx.settings.model_copy(update={"publish": publish})
+
+
+def version(ctx: Context, number: int, agent: str = "ada") -> store.VersionRecord:
+    with ctx.engine.connect() as c:
+        return store.get_version(c, agent, number)
+
+
+def hold(ctx: Context, number: int, agent: str = "ada") -> None:
+    """A request that does not end: the version stays loaded as it drains."""
+    with ctx.engine.begin() as c:
+        InFlight(ctx.engine).begin(c, agent, number)
 
 
 def states(ctx: Context, agent: str = "ada") -> dict[int, str]:

@@ -208,6 +208,7 @@ class VersionsReply(Wire):
 
 class ServedRequest(Wire):
     versions: list[str] = Field(max_length=10_000)  # agent@vN, the whole set
+    keep: list[str] = Field(default_factory=list, max_length=10_000)  # not to be loaded, but their files stay
 
 
 class ServedReply(Wire):

@@ -33,14 +33,18 @@ def list_command(
     """List adapter versions with their state and the sentence that decided about them.
 
     States: candidate (not judged yet), serving (answers new exchanges), draining (ends what began on it), retired,
-    rejected.
+    rejected. A version that has learned from a trace which you deleted is named as such.
     """
     from metaclaw_plugin.store.adapters import list_versions
+    from metaclaw_plugin.store.lineage import learned_from_deleted
 
     with _store(config) as engine, engine.connect() as c:
         records = list_versions(c, agent)
+        agents = {record.version.agent for record in records}
+        tainted = {(name, number) for name in agents for number in learned_from_deleted(c, name)}
+    learned = {record.version.name: (record.version.agent, record.version.number) in tainted for record in records}
     if as_json:
-        _print_json([record.summary() for record in records])
+        _print_json([record.summary() | {"learned_from_deleted": learned[record.version.name]} for record in records])
         return
     if not records:
         typer.echo("No adapter version yet: the base model answers. `metaclaw status` says why nothing is training.")
@@ -55,7 +59,7 @@ def list_command(
         version = record.version
         parent = f"v{version.parent}" if version.parent else "base"
         numbers = (parent, str(version.step), str(len(version.trace_ids)), _ago(version.created_at))
-        table.add_row(version.name, record.shown_state, *numbers, record.problem or _sentence(record))
+        table.add_row(version.name, record.shown_state, *numbers, _told(record, learned[version.name]))
     Console().print(table)
 
 
@@ -178,6 +182,11 @@ def _record(engine: Engine, name: str) -> VersionRecord:
 
     with engine.connect() as c:
         return get_version(c, *parse_version(name))
+
+
+def _told(record: VersionRecord, learned_from_deleted: bool) -> str:
+    sentence = record.problem or _sentence(record)
+    return f"{sentence}; learned from deleted traces" if learned_from_deleted else sentence
 
 
 def _sentence(record: VersionRecord) -> str:

@@ -145,7 +145,9 @@ def delete(
     engine = _open(config)
     if not yes:
         typer.confirm(f"Delete {_count(engine, where)} trace(s) for good?", abort=True)
-    report = asdict(delete_all(engine, where)) | {"learned_by": _learned_by(engine)}
+    deleted = delete_all(engine, where)
+    report = asdict(deleted) | {"learned_by": _learned_by(engine, deleted.sent)}
+    del report["sent"]
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -153,16 +155,21 @@ def delete(
         typer.echo(f"{name:<11} {', '.join(value) or 'no version' if isinstance(value, list) else value}")
 
 
-def _learned_by(engine: Engine) -> list[str]:
-    """Names of the versions that have learned from traces which are deleted now."""
+def _learned_by(engine: Engine, deleted: Iterable[tuple[str, str]]) -> list[str]:
+    """Names of the versions that have learned from these traces, which are pairs of agent and id."""
     from metaclaw_hooks.names import version_name
 
-    from metaclaw_plugin.store.agents import list_agents
-    from metaclaw_plugin.store.lineage import learned_from_deleted
+    from metaclaw_plugin.store.lineage import learned_from
 
+    of_agent: dict[str, set[str]] = {}
+    for agent, trace in deleted:
+        of_agent.setdefault(agent, set()).add(trace)
     with engine.connect() as c:
-        names = [record.name for record in list_agents(c)]
-        return [version_name(name, number) for name in names for number in learned_from_deleted(c, name)]
+        return [
+            version_name(agent, number)
+            for agent, traces in sorted(of_agent.items())
+            for number in learned_from(c, agent, traces)
+        ]
 
 
 def parse_time(text: str, now: float) -> float:

@@ -39,6 +39,7 @@ _SERVING = (
     sa.select(adapters.c.number, routes)
     .select_from(adapters.outerjoin(routes, routes.c.agent == adapters.c.agent))
     .where(adapters.c.agent == sa.bindparam("of"), adapters.c.state == VersionState.SERVING.value)
+    .order_by(adapters.c.number)  # the order in which all lock them, so that no two wait for each other
     .with_for_update(read=True, of=adapters)
 )
 

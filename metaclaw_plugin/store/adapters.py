@@ -17,12 +17,15 @@ from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, VersionState
 from metaclaw_hooks.wire import VersionBody
 
 from metaclaw_plugin.errors import UnknownVersionError, VersionStateError
+from metaclaw_plugin.store.engine import insert_or_ignore
 from metaclaw_plugin.store.schema import adapters, routes
 
-LEGAL = {  # every move a version may make; "promote" brings back what was retired or rejected, by way of candidate
+# Every move a version may make. The owner brings back what was retired or rejected, by way of candidate, and takes back
+# what was retired, so that it is not gone back to.
+LEGAL = {
     VersionState.CANDIDATE: {VersionState.SERVING, VersionState.REJECTED, VersionState.RETIRED},
     VersionState.SERVING: {VersionState.RETIRED, VersionState.REJECTED},
-    VersionState.RETIRED: {VersionState.CANDIDATE},
+    VersionState.RETIRED: {VersionState.CANDIDATE, VersionState.REJECTED},
     VersionState.REJECTED: {VersionState.CANDIDATE},
 }
 
@@ -40,6 +43,7 @@ class VersionRecord:
     decision: Mapping[str, Any] | None  # "sentence" and the gate's figures
     decided_at: float | None
     wish: str | None  # WISH_SERVE, WISH_WITHDRAW or nothing
+    wished_from: VersionState | None  # before the wish to serve
     announced_at: float | None
     problem: str | None  # why it could not be loaded
     routed: bool  # answers new exchanges
@@ -49,6 +53,11 @@ class VersionRecord:
     def draining(self) -> bool:
         """Serving, but only what began on it."""
         return self.version.state is VersionState.SERVING and not (self.routed or self.canary)
+
+    @property
+    def withdrawn(self) -> bool:
+        """It never serves again by itself, nor does what is trained from it; it may still be draining."""
+        return self.version.state is VersionState.REJECTED or self.wish == WISH_WITHDRAW
 
     @property
     def shown_state(self) -> str:
@@ -102,18 +111,14 @@ class RouteRow:
 
 def record_candidate(c: sa.Connection, body: VersionBody) -> bool:
     """Enter a version of the trainer's as a candidate; False if it is known already."""
-    if find_row(c, body.agent, body.number) is not None:
-        return False
-    c.execute(
-        adapters.insert().values(
-            agent=body.agent,
-            number=body.number,
-            state=VersionState.CANDIDATE.value,
-            manifest=body.model_dump(mode="json"),
-            created_at=body.created_at,
-        )
-    )
-    return True
+    row = {
+        "agent": body.agent,
+        "number": body.number,
+        "state": VersionState.CANDIDATE.value,
+        "manifest": body.model_dump(mode="json"),
+        "created_at": body.created_at,
+    }
+    return insert_or_ignore(c, adapters, [row]) == 1
 
 
 def get_version(c: sa.Connection, agent: str, number: int) -> VersionRecord:
@@ -179,14 +184,8 @@ def set_state(
         raise VersionStateError(f"{version_name(agent, number)} is {now}, and cannot become {state} from there")
     values: dict[str, Any] = {"state": state.value}
     if decision is not None:
-        values |= {"decision": dict(decision), "decided_at": decision_time(c, agent)}
+        values |= {"decision": dict(decision), "decided_at": time.time()}
     update_version(c, agent, number, **values)
-
-
-def decision_time(c: sa.Connection, agent: str) -> float:
-    """Now, but after every earlier decision about the agent even if the clock was set back: rollback goes by this."""
-    newest = c.scalar(sa.select(sa.func.max(adapters.c.decided_at)).where(adapters.c.agent == agent))
-    return max(time.time(), (newest or 0.0) + 1e-3)
 
 
 def update_version(c: sa.Connection, agent: str, number: int, **values: Any) -> None:
@@ -223,7 +222,12 @@ def set_route(c: sa.Connection, agent: str, version: int, *, head: int | None = 
             raise VersionStateError(
                 f"{version_name(agent, version)} is {row.state}: only a serving version takes requests"
             )
+    turn = _next_turn(c, agent)
     values: dict[str, Any] = {"version": version, "changed_at": time.time(), **_NO_CANARY}
+    if version == BASE_VERSION:
+        values["base_at"] = turn
+    else:
+        update_version(c, agent, version, served_at=turn)
     _put_route(c, agent, values if head is None else values | {"head": head})
 
 
@@ -274,6 +278,13 @@ def find_row(c: sa.Connection, agent: str, number: int, *, lock: bool = False) -
     return c.execute(query.with_for_update() if lock else query).first()
 
 
+def _next_turn(c: sa.Connection, agent: str) -> float:
+    """Now, but after every earlier turn on the agent's route even if the clock was set back: rollback goes by this."""
+    versions = sa.select(sa.func.max(adapters.c.served_at)).where(adapters.c.agent == agent)
+    base = sa.select(routes.c.base_at).where(routes.c.agent == agent)
+    return max(time.time(), max(c.scalar(versions) or 0.0, c.scalar(base) or 0.0) + 1e-3)
+
+
 def _put_route(c: sa.Connection, agent: str, values: Mapping[str, Any]) -> None:
     if c.execute(routes.update().where(routes.c.agent == agent).values(**values)).rowcount == 0:
         c.execute(routes.insert().values(agent=agent, **values))
@@ -289,6 +300,7 @@ def _record(row: sa.Row[Any]) -> VersionRecord:
         decision=row.decision,
         decided_at=row.decided_at,
         wish=row.wish,
+        wished_from=None if row.wished_from is None else VersionState(row.wished_from),
         announced_at=row.announced_at,
         problem=row.problem,
         routed=row.route == row.number,

@@ -22,6 +22,7 @@ from metaclaw_plugin.store.forwarding import mark_skipped
 from metaclaw_plugin.store.traces import STORED_BYTES, TraceFilter
 
 TRAINED_AND_DELETED = "trained_traces_deleted"  # counter: deleted traces that a version had learned from, by version
+BY_OWNER, BY_RETENTION = "owner", "retention"  # why a trace was deleted
 _BATCH = 200  # traces to a transaction
 _QUIET = 600.0  # seconds after its last request until a session is sure to have nothing in flight
 
@@ -38,12 +39,13 @@ class DeletionReport:
     chain: int = 0  # places where these could have gone on
     injections: int = 0
     recalls: int = 0  # traces that the trainer is to forget
+    sent: tuple[tuple[str, str], ...] = ()  # agent and id of each of these
 
     def __add__(self, other: DeletionReport) -> DeletionReport:
         return DeletionReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH) -> DeletionReport:
+def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH, *, cause: str = BY_OWNER) -> DeletionReport:
     """Delete the oldest ``limit`` traces that ``where`` holds for; call again until the report says none."""
     t = schema.traces
     columns = (t.c.seq, t.c.id, t.c.response_id, t.c.agent, t.c.session, t.c.size, t.c.sample_id)
@@ -54,7 +56,8 @@ def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH) -> Del
     ids = [row.id for row in rows]
     sent = [row for row in rows if row.sample_id is not None]
     now = time.time()
-    recalled = insert_or_ignore(c, schema.recalls, [{"trace_id": r.id, "agent": r.agent, "at": now} for r in sent])
+    recalls = [{"trace_id": row.id, "agent": row.agent, "cause": cause, "at": now} for row in sent]
+    recalled = insert_or_ignore(c, schema.recalls, recalls)
     samples = {row.sample_id for row in sent}
     # What was merged with a deleted trace and not sent yet is merged anew.
     unsent = sa.update(t).where(t.c.sample_id.in_(samples), t.c.forward == "merged", t.c.id.not_in(ids))
@@ -74,6 +77,7 @@ def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH) -> Del
         rewards=rewards,
         feedback=feedback,
         recalls=recalled,
+        sent=tuple((row.agent, row.id) for row in sent),
     )
     return report + _delete_emptied(c, sorted({row.session for row in rows}), now)
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from metaclaw_hooks.types import VersionState
 
 from metaclaw_plugin.store.adapters import WISH_WITHDRAW, find_row, get_route, update_version
+from metaclaw_plugin.store.deciding import lock_agent
 from metaclaw_plugin.store.schema import in_flight, sessions
 
 
@@ -21,6 +22,7 @@ def retire_if_drained(c: sa.Connection, agent: str, number: int, *, dead: Sequen
     after ``open_since`` is pinned to it. Its row is locked, as ``pick_route`` locks it, so no request begins meanwhile
     (``c`` must be of ``engine.begin()``).
     """
+    lock_agent(c, agent)
     row = find_row(c, agent, number, lock=True)
     route = get_route(c, agent)
     if row is None or row.state != VersionState.SERVING.value or number in (route.version, route.canary):

@@ -1,74 +1,92 @@
 """What a version has learned from, and what is to be done when its owner deletes some of that.
 
-A version has learned from a trace if it, or a version that it was trained from, was trained on it.
+A version has learned from a trace if it, or a version that it was trained from, was trained on it. Traces that were
+deleted for their age or for room (``store.keep_days``, ``store.keep_bytes``) count for nothing here: nobody wished them
+forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+import time
+from collections.abc import Collection, Sequence, Set
 
 import sqlalchemy as sa
-from metaclaw_hooks.types import BASE_VERSION, VersionState
+from metaclaw_hooks.types import AdapterVersion
 
-from metaclaw_plugin.store.adapters import VersionRecord, get_route, list_versions, set_head, set_state, update_version
+from metaclaw_plugin.store.adapters import VersionRecord, end_canary, get_route, get_version, list_versions, set_head
+from metaclaw_plugin.store.deciding import lock_agent
+from metaclaw_plugin.store.deletion import BY_OWNER
 from metaclaw_plugin.store.schema import recalls
-from metaclaw_plugin.store.wishes import rollback
+from metaclaw_plugin.store.wishes import drop_wish, put_in_place, version_before
+from metaclaw_plugin.store.withdrawal import take_back
+
+_MANY = 500  # trace ids in one question
+
+
+def learned_from(c: sa.Connection, agent: str, trace_ids: Set[str]) -> list[int]:
+    """Numbers, ascending, of the agent's versions that have learned from one of these traces."""
+    return _learned(list_versions(c, agent), trace_ids) if trace_ids else []
 
 
 def learned_from_deleted(c: sa.Connection, agent: str) -> list[int]:
-    """Numbers, ascending, of the agent's versions that have learned from a trace which was deleted since."""
-    deleted = set(c.scalars(sa.select(recalls.c.trace_id).where(recalls.c.agent == agent)))
-    return _learned(list_versions(c, agent), deleted) if deleted else []
+    """Numbers, ascending, of the agent's versions that have learned from a trace which its owner deleted since."""
+    return learned_from(c, agent, set(c.scalars(sa.select(recalls.c.trace_id).where(_by_owner(agent)))))
 
 
 def retrain_without_deleted(c: sa.Connection, agent: str) -> str:
-    """Go back to the newest accepted version that learned from no deleted trace, and train on from there.
+    """Go back to the version that served last and learned from no deleted trace, and train on from there.
 
     ``c`` must be of ``engine.begin()``. Returns one line that says what will happen. No version that has learned from a
-    deleted trace is chosen by itself again; its weights stay until the trainer's disk budget removes them.
+    deleted trace, even one that the trainer lists later, is chosen by itself again; its weights stay until the
+    trainer's disk budget removes them.
     """
+    lock_agent(c, agent)
+    _leave_out(c, agent)
     tainted = learned_from_deleted(c, agent)
-    if not tainted:
-        return f"no version of {agent} has learned from a deleted trace: nothing is to be done"
-    records = {record.version.number: record for record in list_versions(c, agent)}
-    route = get_route(c, agent).version
-    target = route if route not in tainted else _newest_clean(records, tainted)
-    if route in tainted:
-        said = rollback(c, agent, target)
-    else:
+    if all(get_version(c, agent, number).withdrawn for number in tainted):
+        return f"no version of {agent} that may serve has learned from a deleted trace: nothing is to be done"
+    route = get_route(c, agent)
+    target = route.version
+    if route.version in tainted:
+        drop_wish(c, agent)
+        target = version_before(c, agent, without=tainted)
+    if route.canary in tainted:
+        end_canary(c, agent)
+    for number in tainted:
+        take_back(c, get_version(c, agent, number), f"v{number}: learned from traces that were deleted")
+    if target == route.version:
         set_head(c, agent, target)
         said = "what serves has not learned from them, and stays"
-    for number in tainted:
-        _set_aside(c, records[number])
+    else:
+        said = put_in_place(c, agent, target)
     names = ", ".join(f"v{number}" for number in tainted)
     return f"{names} learned from deleted traces; training goes on from {_name(target)}; {said}"
 
 
-def _newest_clean(records: Mapping[int, VersionRecord], tainted: Collection[int]) -> int:
-    clean = [
-        number
-        for number, record in records.items()
-        if number not in tainted
-        and (record.decision or {}).get("accepted")
-        and record.version.state in (VersionState.SERVING, VersionState.RETIRED)
-    ]
-    return max(clean, default=BASE_VERSION)
+def learned_from_left_out(c: sa.Connection, version: AdapterVersion) -> bool:
+    """Whether the version itself was trained on a trace that its owner had left out by retraining the agent.
+
+    The trainer may have been in the middle of such a step, and list the version afterwards.
+    """
+    left_out = sa.select(recalls.c.trace_id).where(recalls.c.agent == version.agent, recalls.c.left_out_at.is_not(None))
+    parts = (version.trace_ids[start : start + _MANY] for start in range(0, len(version.trace_ids), _MANY))
+    return any(c.execute(left_out.where(recalls.c.trace_id.in_(ids)).limit(1)).first() is not None for ids in parts)
 
 
-def _set_aside(c: sa.Connection, record: VersionRecord) -> None:
-    version = record.version
-    sentence = f"v{version.number}: learned from traces that were deleted"
-    decision = dict(record.decision or {}) | {"accepted": False, "sentence": sentence}
-    update_version(c, version.agent, version.number, decision=decision)
-    if version.state is VersionState.CANDIDATE:
-        set_state(c, version.agent, version.number, VersionState.REJECTED)
+def _leave_out(c: sa.Connection, agent: str) -> None:
+    query = recalls.update().where(_by_owner(agent), recalls.c.left_out_at.is_(None))
+    c.execute(query.values(left_out_at=time.time()))
 
 
-def _learned(records: Sequence[VersionRecord], deleted: Set[str]) -> list[int]:
+def _by_owner(agent: str) -> sa.ColumnElement[bool]:
+    return sa.and_(recalls.c.agent == agent, recalls.c.cause == BY_OWNER)
+
+
+def _learned(records: Sequence[VersionRecord], deleted: Collection[str]) -> list[int]:
     found: set[int] = set()
     for record in records:  # ascending, and a parent's number is lower
         version = record.version
-        if version.parent in found or not deleted.isdisjoint(version.trace_ids):
+        if version.parent in found or not set(deleted).isdisjoint(version.trace_ids):
             found.add(version.number)
     return sorted(found)
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from metaclaw_plugin.settings import StoreSettings
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.counters import count
-from metaclaw_plugin.store.deletion import DeletionReport, delete_empty_sessions, delete_traces
+from metaclaw_plugin.store.deletion import BY_RETENTION, DeletionReport, delete_empty_sessions, delete_traces
 from metaclaw_plugin.store.traces import TraceFilter, stored_bytes
 
 EXPIRED = "traces_expired"  # counter: traces deleted for their age ("age") or for room ("bytes")
@@ -34,9 +34,9 @@ def retain(c: Connection, settings: StoreSettings, now: float) -> DeletionReport
     oldest = _oldest(c)
     if settings.keep_days is not None and oldest:
         old = TraceFilter(until=now - settings.keep_days * DAY, up_to_seq=oldest[-1][0])
-        report += _counted(c, "age", delete_traces(c, old, _BATCH))
+        report += _counted(c, "age", delete_traces(c, old, _BATCH, cause=BY_RETENTION))
     if settings.keep_bytes is not None and (excess := stored_bytes(c) - settings.keep_bytes) > 0:
-        report += _counted(c, "bytes", delete_traces(c, TraceFilter(), _enough(c, excess)))
+        report += _counted(c, "bytes", delete_traces(c, TraceFilter(), _enough(c, excess), cause=BY_RETENTION))
     return report
 
 

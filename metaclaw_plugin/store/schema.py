@@ -188,14 +188,16 @@ feedback = sa.Table(
     sa.Index("ix_feedback_open", "applied_at", "target"),
 )
 
-# Traces that their owner deleted and the trainer has yet to forget.
+# Traces that were deleted after they had gone to the trainer, which forgets them too.
 recalls = sa.Table(
     "recalls",
     metadata,
     sa.Column("trace_id", sa.String(40), primary_key=True),
     sa.Column("agent", sa.String(63), nullable=False),
+    sa.Column("cause", sa.String(16), nullable=False),  # owner, or retention
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("settled_at", sa.Float),  # the trainer has answered
+    sa.Column("left_out_at", sa.Float),  # the owner had the agent retrained without it; no version of it may serve
     sa.Index("ix_recalls_open", "settled_at", "at"),
 )
 
@@ -208,12 +210,14 @@ adapters = sa.Table(
     sa.Column("manifest", sa.JSON, nullable=False),  # wire.VersionBody
     sa.Column("decision", sa.JSON),  # the gate's figures and sentence
     sa.Column("decided_at", sa.Float),
-    sa.Column("wish", sa.String(16)),  # the owner's word, still to be carried out: serve, or withdraw when drained
+    sa.Column("served_at", sa.Float),  # when it last took the route; rises with each that takes it
+    sa.Column("wish", sa.String(16)),  # still to be carried out: serve (the owner's word), or withdraw when drained
+    sa.Column("wished_from", sa.String(16)),  # the state it goes back to when the wish to serve is dropped
     sa.Column("announced_at", sa.Float),  # adapter_published was called
     sa.Column("problem", sa.Text),  # why it could not be loaded, while that lasts
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Index("ix_adapters_state", "state", "agent"),
-    sa.Index("ix_adapters_decided", "agent", "decided_at"),
+    sa.Index("ix_adapters_served", "agent", "served_at"),
 )
 
 # Which version answers an agent's next exchange. No row, or version 0: the base model.
@@ -223,6 +227,7 @@ routes = sa.Table(
     sa.Column("agent", sa.String(63), primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("changed_at", sa.Float, nullable=False),
+    sa.Column("base_at", sa.Float),  # when the base model last took the route from a version; as adapters.served_at
     sa.Column("head", sa.Integer),  # version that the trainer must be told to go on from; null: nothing to tell
     sa.Column("canary", sa.Integer),  # version on trial with a share of the sessions that begin from now on
     sa.Column("canary_share", sa.Float),  # in (0, 1)

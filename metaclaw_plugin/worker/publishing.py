@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import sqlalchemy as sa
-from metaclaw_hooks.types import BASE_VERSION, AdapterVersion, VersionState
+from metaclaw_hooks.names import version_name
+from metaclaw_hooks.types import AdapterVersion, VersionState
 from metaclaw_hooks.wire import ServedReply, VersionBody
 
 from metaclaw_plugin.errors import TrainerRefusedError, TrainerUnavailableError
@@ -24,6 +24,9 @@ from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store import draining
 from metaclaw_plugin.store.adapters import VersionRecord
 from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.deciding import lock_agent
+from metaclaw_plugin.store.wishes import versions_before
+from metaclaw_plugin.worker import settling
 from metaclaw_plugin.worker.canary import judge_canary
 from metaclaw_plugin.worker.evaluation import EvaluationContext
 from metaclaw_plugin.worker.gate import Gate
@@ -39,7 +42,7 @@ class VersionTrainer(Protocol):
     """The part of the trainer's client that publishing needs."""
 
     async def versions(self, after: int, wait: float = 0.0) -> list[VersionBody]: ...
-    async def set_served(self, versions: Sequence[str]) -> ServedReply: ...
+    async def set_served(self, versions: Sequence[str], keep: Sequence[str] = ()) -> ServedReply: ...
     async def set_head(self, agent: str, version: int) -> None: ...
 
 
@@ -58,7 +61,7 @@ class Publisher:
         self._gate = gate or Gate(ctx)
         self._cursor = 0  # from the start at each start of the worker: entering a known version changes nothing
         self._watch = HeartbeatWatch(ctx.settings.publish.dead_after)
-        self._asked: list[str] = []
+        self._asked: tuple[list[str], list[str]] = ([], [])
         self._held: frozenset[str] = frozenset()
         self._failed: dict[str, str] = {}
         self._asked_at = float("-inf")  # monotonic
@@ -107,6 +110,7 @@ class Publisher:
 
         def told(agent: str, head: int, *, refused: bool = False) -> None:
             with self._ctx.engine.begin() as c:
+                lock_agent(c, agent)
                 if refused:
                     count(c, "head_refused", agent)
                 if store.get_route(c, agent).head == head:
@@ -125,41 +129,41 @@ class Publisher:
 
     async def _reconcile(self) -> None:
         """Ask the trainer to hold what shall be held, when that changed or it is time to ask again."""
-        wanted = await asyncio.to_thread(self._wanted)
+        asked = wanted, keep = await asyncio.to_thread(self._wanted)
         missing = not self._held.issuperset(wanted)
         every = self._ctx.settings.publish.retry_interval if missing else self._ctx.settings.publish.refresh_interval
         now = time.monotonic()
-        if wanted == self._asked and now < self._asked_at + every:
+        if asked == self._asked and now < self._asked_at + every:
             return
-        self._asked, self._asked_at = wanted, now
+        self._asked, self._asked_at = asked, now
         try:
-            reply = await self._ctx.trainer.set_served(wanted)
+            reply = await self._ctx.trainer.set_served(wanted, keep)
         except TrainerUnavailableError:
             self._asked_at = float("-inf")
             raise
         self._held = frozenset(reply.held)
         self._failed = {refusal.id: refusal.reason for refusal in reply.failed}
 
-    def _wanted(self) -> list[str]:
+    def _wanted(self) -> tuple[list[str], list[str]]:
+        """Names of the versions that vLLM shall hold, and of those whose files rollback may need."""
         with self._ctx.engine.connect() as c:
             candidates = store.list_versions(c, states=(VersionState.CANDIDATE,))
-            wanted = store.served_set(c, self._gate.judging)
-        if not candidates:
-            return wanted
-        with self._ctx.engine.begin() as c:
-            for agent in {record.version.agent for record in candidates}:
-                _pass_over(c, agent, self._gate.judging)
-            return store.served_set(c, self._gate.judging)
+        for agent in sorted({record.version.agent for record in candidates}):
+            with self._ctx.engine.begin() as c:
+                settling.pass_over(c, agent, self._gate.judging)
+        with self._ctx.engine.connect() as c:
+            before = versions_before(c)
+            return store.served_set(c, self._gate.judging), [version_name(*one) for one in sorted(before.items())]
 
     def _note_problems(self, failed: Mapping[str, str]) -> None:
         with self._ctx.engine.connect() as c:
             records = store.list_versions(c, states=(VersionState.CANDIDATE, VersionState.SERVING))
-        changed = [record for record in records if record.problem != failed.get(record.version.name)]
+        problems = [(record, _problem(record, failed.get(record.version.name))) for record in records]
+        changed = [(record, problem) for record, problem in problems if record.problem != problem]
         if not changed:
             return
         with self._ctx.engine.begin() as c:
-            for record in changed:
-                reason = failed.get(record.version.name)
+            for record, reason in changed:
                 store.update_version(c, record.version.agent, record.version.number, problem=reason)
                 if reason is not None:
                     logger.warning("%s cannot be loaded: %s", record.version.name, reason)
@@ -184,52 +188,32 @@ class Publisher:
             if record.version.name in self._held:
                 decision = await self._gate.decide(record, against)
                 if decision is not None:
-                    await asyncio.to_thread(self._settle, record, decision)
+                    await asyncio.to_thread(self._settle, record, decision, against)
                     settled = True
         return settled
 
-    def _settle(self, record: VersionRecord, decision: Decision) -> None:
-        """Flip the route to an accepted candidate, or send the trainer back to what serves; one transaction."""
+    def _settle(self, record: VersionRecord, decision: Decision, against: int) -> None:
         version = record.version
         with self._ctx.engine.begin() as c:
-            now = store.get_version(c, version.agent, version.number)
-            if now.version.state is not VersionState.CANDIDATE or now.wish != record.wish:
-                return  # another publisher, or the owner, was first
-            serving = store.get_route(c, version.agent).version
-            if decision.figures.get("against", serving) != serving:
-                return  # judged against a version that no longer serves: judged again
-            if not decision.accepted:
-                store.set_state(c, version.agent, version.number, VersionState.REJECTED, decision.stored())
-                store.set_head(c, version.agent, serving)
-            else:
-                store.set_state(c, version.agent, version.number, VersionState.SERVING, decision.stored())
-                store.update_version(c, version.agent, version.number, wish=None, problem=None, announced_at=None)
-                wished = record.wish == store.WISH_SERVE
-                share = 0.0 if wished else self._gate.settings_of(c, version.agent).canary_share
-                if share and serving != BASE_VERSION:
-                    store.set_canary(c, version.agent, version.number, share)
-                else:
-                    store.set_route(c, version.agent, version.number, head=version.number if wished else None)
-        logger.info("%s %s: %s", version.name, "serves" if decision.accepted else "is rejected", decision.sentence)
+            share = self._gate.settings_of(c, version.agent).canary_share
+            taken = settling.settle(c, record, decision, against, share)
+        if taken is not None:
+            logger.info("%s %s: %s", version.name, "serves" if taken.accepted else "is rejected", taken.sentence)
 
     def _end_trials(self) -> None:
         """Promote or take back the canaries whose trials are over."""
         with self._ctx.engine.connect() as c:
-            if not any(route.canary is not None for route in store.list_routes(c)):
-                return
-        with self._ctx.engine.begin() as c:
-            for route in store.list_routes(c):
-                decision = judge_canary(c, route, self._gate.settings_of(c, route.agent), time.time())
-                if decision is None or route.canary is None:
-                    continue
-                stored = {"decision": decision.stored(), "decided_at": store.decision_time(c, route.agent)}
-                if decision.accepted:
-                    store.set_route(c, route.agent, route.canary)
-                    store.update_version(c, route.agent, route.canary, **stored)
-                else:
-                    store.end_canary(c, route.agent)
-                    store.set_head(c, route.agent, route.version)
-                    store.update_version(c, route.agent, route.canary, wish=store.WISH_WITHDRAW, **stored)
+            trials = [
+                (route, judge_canary(c, route, self._gate.settings_of(c, route.agent), time.time()))
+                for route in store.list_routes(c)
+                if route.canary is not None
+            ]
+        for route, decision in trials:
+            if decision is None:
+                continue
+            with self._ctx.engine.begin() as c:
+                ended = settling.end_trial(c, route, decision)
+            if ended:
                 logger.info("the trial of %s@v%d is over: %s", route.agent, route.canary, decision.sentence)
 
     async def _announce(self) -> None:
@@ -269,35 +253,8 @@ class Publisher:
             logger.warning("gateway processes that ended without a word: %s", ", ".join(dead))
 
 
-def _pass_over(c: sa.Connection, agent: str, judging: Collection[str]) -> None:
-    """Settle the candidates that need no judging: older than the newest, or trained from what was rejected.
-
-    One that is being judged (its name is in ``judging``) is judged to the end, however many newer ones there are.
-    """
-    newest = store.newest_number(c, agent)
-    for record in store.list_versions(c, agent, states=(VersionState.CANDIDATE,)):
-        number = record.version.number
-        if record.wish is not None:
-            continue
-        fallen = _rejected_ancestor(c, record)
-        if fallen is not None:
-            decision = Decision(False, f"v{number}: trained from v{fallen}, which was rejected", {})
-            store.set_state(c, agent, number, VersionState.REJECTED, decision.stored())
-        elif number != newest and record.version.name not in judging:
-            decision = Decision(False, f"v{number}: passed over for the newer v{newest}", {})
-            store.set_state(c, agent, number, VersionState.RETIRED, decision.stored())
-
-
-def _rejected_ancestor(c: sa.Connection, record: VersionRecord) -> int | None:
-    """The nearest rejected version that this one was trained from, with none that was accepted in between."""
-    version = record.version
-    while found := store.list_versions(c, version.agent, number=version.parent):
-        parent = found[0]
-        if parent.version.number >= version.number:
-            return None
-        if parent.version.state is VersionState.REJECTED or parent.wish == store.WISH_WITHDRAW:
-            return parent.version.number
-        if (parent.decision or {}).get("accepted"):
-            return None
-        version = parent.version
-    return None
+def _problem(record: VersionRecord, reason: str | None) -> str | None:
+    """Why a version is not held, and what that means where its owner waits for it."""
+    if reason is None or record.wish != store.WISH_SERVE:
+        return reason
+    return f"{reason}; you wished for it, and until it can be loaded what serves goes on: promote another, or wait"

@@ -18,7 +18,7 @@ from metaclaw_plugin.store.traces import insert_traces
 from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.worker.canary import welch_difference
 from metaclaw_plugin.worker.publishing import Publisher
-from tests.publishing_cases import Context, Turn, context, published, route, states
+from tests.publishing_cases import Context, Turn, context, in_trial, published, route, states
 from tests.session_cases import add_session
 from tests.store_cases import a_trace
 
@@ -31,8 +31,7 @@ def ctx(tmp_path: Path) -> Context:
 @pytest.fixture
 async def trial(ctx: Context) -> Publisher:
     """v1 serves, v2 is on trial."""
-    settings = ctx.settings.publish.model_copy(update={"canary_share": 0.3, "canary_rewards": 8})
-    ctx.settings = ctx.settings.model_copy(update={"publish": settings})
+    in_trial(ctx)
     publisher = await published(ctx, 1, 2)
     with ctx.engine.begin() as c:
         assert store.get_route(c, "ada").canary == 2

@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from metaclaw_plugin.cli.adapters import app
 from metaclaw_plugin.errors import AdapterFilesError, ExportError, VersionStateError
 from metaclaw_plugin.store import adapters as store
+from metaclaw_plugin.store.deletion import BY_OWNER
 from metaclaw_plugin.store.engine import open_store
+from metaclaw_plugin.store.schema import recalls
+from tests.publishing_cases import version_body
 
 WEIGHTS = b"weights of ada@v2"
 
@@ -69,6 +72,14 @@ def test_list_shows_state_and_decision_of_each_version(engine: Engine) -> None:
     ]
     assert "ada@v2" in run("list")
     assert "base model answers" in run("list", "bob")
+
+
+def test_list_names_what_has_learned_from_a_trace_that_was_deleted_before_it_was_made(engine: Engine) -> None:
+    with engine.begin() as c:
+        c.execute(recalls.insert().values(trace_id="t3", agent="ada", cause=BY_OWNER, at=1.0))
+        store.record_candidate(c, version_body(3, parent=2))
+    assert [row["learned_from_deleted"] for row in json.loads(run("list", "--json"))] == [False, False, True]
+    assert "learned from" in run("list")
 
 
 def test_show_tells_lineage_and_files(engine: Engine, home: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from metaclaw_hooks.types import Kind
 
 from metaclaw_plugin.errors import TrainerUnavailableError
 from metaclaw_plugin.gateway.routing import InFlight, pick_route
 from metaclaw_plugin.store import adapters as store
+from metaclaw_plugin.trainer_client import TrainerClient
 from metaclaw_plugin.worker.heartbeats import HeartbeatWatch
 from metaclaw_plugin.worker.publishing import Publisher
 from tests.publishing_cases import Context, Killed, Turn, context, route, states
@@ -210,3 +213,15 @@ def test_a_process_is_dead_when_its_stamp_stands_still_whatever_the_stamps_say()
     assert watch.dead({"a": 4.0, "b": 9e9}) == ["b"]
     assert watch.dead({"a": 4.0}) == []
     assert watch.dead({"a": 4.0, "b": 9e9}) == []  # seen anew: watched anew
+
+
+async def test_the_trainer_is_told_what_to_load_and_what_to_keep() -> None:
+    told: list[object] = []
+
+    def trainer(request: httpx.Request) -> httpx.Response:
+        told.append((request.method, request.url.path, json.loads(request.content)))
+        return httpx.Response(200, json={"held": ["ada@v2"], "failed": []})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(trainer)) as http:
+        await TrainerClient(http, "http://trainer").set_served(["ada@v2"], ["ada@v1"])
+    assert told == [("PUT", "/v1/served", {"versions": ["ada@v2"], "keep": ["ada@v1"]})]

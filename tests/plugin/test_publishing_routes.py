@@ -23,6 +23,7 @@ from metaclaw_plugin.gateway.routes import create_router
 from metaclaw_plugin.settings import RlSettings, Settings
 from metaclaw_plugin.store import adapters as versions
 from metaclaw_plugin.store.agents import add_agent
+from metaclaw_plugin.store.deletion import BY_OWNER
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.schema import adapters, recalls
 from tests.publishing_cases import serve
@@ -144,11 +145,11 @@ async def test_training_begins_again_without_what_was_deleted(client: httpx.Asyn
         second = (adapters.c.agent == "ada") & (adapters.c.number == 2)
         manifest = c.scalars(sa.select(adapters.c.manifest).where(second)).one()
         c.execute(adapters.update().where(second).values(manifest=manifest | {"trace_ids": ["gone"]}))
-        c.execute(recalls.insert().values(trace_id="gone", agent="ada", at=1.0))
+        c.execute(recalls.insert().values(trace_id="gone", agent="ada", cause=BY_OWNER, at=1.0))
     said = (await client.post("/adapters/retrain", json=body, headers=ADA)).json()["said"]
-    assert said.startswith("v2 learned from deleted traces; training goes on from the base model")
+    assert said.startswith("v2 learned from deleted traces; training goes on from v1")
     with engine.connect() as c:
-        assert versions.get_route(c, "ada").version == 0
+        assert versions.get_route(c, "ada").version == 1
     assert (await client.post("/adapters/retrain", json={"agent": "ada"}, headers=ADA)).status_code == 400
     assert (await client.post("/adapters/retrain", json=body, headers=BOB)).status_code == 404
 

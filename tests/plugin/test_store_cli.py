@@ -15,8 +15,10 @@ from typer.testing import CliRunner, Result
 from metaclaw_plugin.cli.traces import app, parse_time
 from metaclaw_plugin.errors import ConfigError, UnknownTraceError
 from metaclaw_plugin.store import schema
+from metaclaw_plugin.store.adapters import record_candidate
 from metaclaw_plugin.store.engine import open_store
 from metaclaw_plugin.store.traces import insert_traces
+from tests.publishing_cases import version_body
 from tests.store_cases import TRACE, a_trace
 
 DAY = 86_400.0
@@ -119,6 +121,21 @@ def test_delete_asks_reports_and_leaves_the_rest(engine: Engine) -> None:
     assert "Delete 1 trace(s)" in done("delete", "--trace", "tr-b", answer="y\n")
     assert done("delete", "--all", "--yes").startswith("traces      1")
     assert listed() == []
+
+
+def test_delete_names_the_versions_that_had_learned_from_what_went_and_no_others(engine: Engine) -> None:
+    with engine.begin() as c:
+        for agent in ("ada", "bob"):  # neither is listed: an agent that was removed leaves its versions behind
+            for number in (1, 2):
+                insert_traces(c, [a_trace(id=f"{agent}-{number}", agent=agent)])
+                body = version_body(number, agent, parent=number - 1)
+                record_candidate(c, body.model_copy(update={"trace_ids": [f"{agent}-{number}"]}))
+        c.execute(schema.traces.update().values(forward="trained", sample_id="s"))
+    first = json.loads(done("delete", "--trace", "ada-1", "--json", "--yes"))
+    assert first["learned_by"] == ["ada@v1", "ada@v2"]
+    assert "sent" not in first
+    assert json.loads(done("delete", "--trace", "bob-2", "--json", "--yes"))["learned_by"] == ["bob@v2"]
+    assert json.loads(done("delete", "--trace", "tr-new", "--json", "--yes"))["learned_by"] == []
 
 
 @pytest.mark.law(9)

@@ -18,6 +18,8 @@ from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.codec import encode_trace
 from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.deletion import (
+    BY_OWNER,
+    BY_RETENTION,
     TRAINED_AND_DELETED,
     DeletionReport,
     delete_all,
@@ -220,6 +222,18 @@ def test_retention_by_size_deletes_the_oldest_and_no_more_than_it_must(store: En
         assert not due(c, StoreSettings(keep_bytes=7 * size), 0.0)
         assert retain(c, StoreSettings(keep_bytes=7 * size), 0.0).traces == 0
         assert [trace.id for trace in iter_traces(c)] == [f"tr-{n}" for n in range(3, 10)]
+
+
+def test_what_goes_for_its_age_or_for_room_is_recalled_but_is_no_deletion_by_the_owner(store: Engine) -> None:
+    with store.begin() as c:
+        insert_traces(c, [a_trace(id=f"tr-{n}", finished_at=n * DAY) for n in range(4)])
+        c.execute(schema.traces.update().values(forward="trained", sample_id="s-1"))
+        assert retain(c, StoreSettings(keep_days=3.0), 4 * DAY).sent == (("alpha", "tr-0"),)
+        assert retain(c, StoreSettings(keep_bytes=stored_bytes(c) - 1), 0.0).traces == 1
+        assert delete_traces(c, TraceFilter(id="tr-2")).traces == 1
+        assert open_recalls(c) == ["tr-0", "tr-1", "tr-2"]
+    causes = {row.trace_id: row.cause for row in rows(store, schema.recalls)}
+    assert causes == {"tr-0": BY_RETENTION, "tr-1": BY_RETENTION, "tr-2": BY_OWNER}
 
 
 def test_retention_keeps_everything_by_default(store: Engine) -> None:

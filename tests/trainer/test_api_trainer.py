@@ -13,8 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from metaclaw_hooks.types import Sample
 from metaclaw_hooks.wire import AgentsReply, HealthReply, SampleBody, SamplesReply, VersionsReply
+from metaclaw_trainer.schema import kept
 
 from tests.trainer.engine_parts import as_sampled, random_sample, tiny_settings
 from tests.trainer_server import TrainerServer, serving
@@ -209,6 +211,9 @@ def test_what_no_vllm_can_hold_is_reported_with_the_reason(trainer: TrainerServe
     assert reasons[f"{agent}@v2"] == "this trainer never made it"
     assert "cannot be reached" in reasons[f"{agent}@v1"]
     assert [w.name for w in trainer.services.versions.served()] == [f"{agent}@v1"], "it stays wanted"
+    trainer.http.put("/v1/served", json={"versions": [], "keep": [f"{agent}@v1"]})
+    with trainer.services.store.read() as c:
+        assert list(c.scalars(sa.select(kept.c.name))) == [f"{agent}@v1"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,22 @@ def test_what_serves_and_where_training_goes_on_stays_whatever_the_budget(home: 
     assert home.versions.set_served(["alpha@v1", "alpha@v2"]) == {"alpha@v1": "its files were removed to save space"}
 
 
+def test_what_the_worker_may_go_back_to_stays_and_is_not_loaded(home: Home) -> None:
+    home.make("alpha", 8)
+    assert home.versions.set_served(["alpha@v7"], ["alpha@v2", "alpha@v99"]) == {}
+    assert [wanted.name for wanted in home.versions.served()] == ["alpha@v7"]
+    source = VersionFiles(home.store)
+    with home.store.read() as c:
+        third = source.candidates(c)[1]
+    home.versions.set_served(["alpha@v7"], ["alpha@v2", "alpha@v3"])  # while v3 is about to be removed
+    assert not source.mark(third)
+    home.retention(0).sweep()
+    assert home.there("alpha") == {2, 3, 6, 7, 8}
+    home.versions.set_served(["alpha@v7"], ["alpha@v3"])
+    home.retention(0).sweep()
+    assert home.there("alpha") == {3, 6, 7, 8}
+
+
 def test_a_removal_that_was_interrupted_is_finished(home: Home) -> None:
     home.make("alpha", 5)
     source = VersionFiles(home.store)

@@ -1,8 +1,9 @@
 """Which folders may be removed to save space, and the mark that says so before their files go.
 
-Of adapter versions: all but what vLLM shall hold, the head of each agent (the next step starts there) and each agent's
-newest few (the worker may not have judged them yet). Of training sessions: all checkpoints but the newest of each
-session that was at work lately; and the weights of sessions that have ended, whatever space there is.
+Of adapter versions: all but what vLLM shall hold, what the worker may go back to, the head of each agent (the next step
+starts there) and each agent's newest few (the worker may not have judged them yet). Of training sessions: all
+checkpoints but the newest of each session that was at work lately; and the weights of sessions that have ended,
+whatever space there is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import sqlalchemy as sa
 from metaclaw_hooks.names import parse_version, version_name
 
-from metaclaw_trainer.schema import agents, issued_paths, proofs, run_weights, served, versions
+from metaclaw_trainer.schema import agents, issued_paths, kept, proofs, run_weights, served, versions
 from metaclaw_trainer.store import Store
 
 KEPT_NEWEST = 3  # versions of each agent
@@ -67,7 +68,7 @@ class VersionFiles:
         ranked = sa.select(versions, rank.label("rank")).where(versions.c.removed_at.is_(None)).subquery()
         heads = sa.exists().where(agents.c.name == ranked.c.agent, agents.c.head == ranked.c.number)
         query = sa.select(ranked).where(ranked.c.rank > KEPT_NEWEST, ~heads).order_by(ranked.c.cursor)
-        wanted = set(c.scalars(sa.select(served.c.name)))
+        wanted = set(c.scalars(sa.union(sa.select(served.c.name), sa.select(kept.c.name))))
         named = [(version_name(row.agent, row.number), row) for row in c.execute(query)]
         return [Removable(name, row.path, row.size, row.created_at) for name, row in named if name not in wanted]
 
@@ -77,7 +78,8 @@ class VersionFiles:
         with self._store.write() as c:
             # The lock on the row makes whoever wants to serve it wait; what is read after it is what counts.
             c.execute(sa.select(versions.c.number).where(mine).with_for_update())
-            wanted = c.scalar(sa.select(served.c.name).where(served.c.name == one.name))
+            named = [sa.select(table.c.name).where(table.c.name == one.name) for table in (served, kept)]
+            wanted = c.scalar(sa.union(*named))
             head = c.scalar(sa.select(agents.c.head).where(agents.c.name == agent).with_for_update())
             if wanted is not None or head == number:
                 return False

@@ -128,6 +128,9 @@ owners = sa.Table(
 # The whole set of versions that vLLM shall hold.
 served = sa.Table("served", metadata, sa.Column("name", sa.String(80), primary_key=True))
 
+# The whole set of versions whose files stay besides, so that the worker can go back to them.
+kept = sa.Table("kept", metadata, sa.Column("name", sa.String(80), primary_key=True))
+
 # What vLLM shall hold besides: the newest weights of each session of the fork's wire.
 run_weights = sa.Table(
     "run_weights",

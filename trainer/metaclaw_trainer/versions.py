@@ -22,7 +22,7 @@ from metaclaw_trainer.errors import ConflictError, UnknownVersionError
 from metaclaw_trainer.ports import Head
 from metaclaw_trainer.proof import Proof, save_proof
 from metaclaw_trainer.sample_queue import MAX_INT, SPENT, free_if_done
-from metaclaw_trainer.schema import agents, counters, samples, served, versions
+from metaclaw_trainer.schema import agents, counters, kept, samples, served, versions
 from metaclaw_trainer.store import Store, insert_missing
 
 
@@ -142,21 +142,20 @@ class StoredVersions:
             c.execute(agents.update().where(agents.c.name == agent).values(head=number, last_error=None, retry_at=None))
         return self.head(agent)
 
-    def set_served(self, names: Sequence[str]) -> dict[str, str]:
-        """Make the known ones of ``names`` the whole set that vLLM shall hold; name -> reason for the others."""
-        unknown: dict[str, str] = {}
-        keep: list[str] = []
+    def set_served(self, names: Sequence[str], keep: Sequence[str] = ()) -> dict[str, str]:
+        """Make the known ones of ``names`` the whole set that vLLM shall hold; name -> reason for the others.
+
+        The known ones of ``keep`` are the whole set whose files stay besides, whatever the disk budget.
+        """
         with self._store.write() as c:
-            for name in dict.fromkeys(names):
-                reason = self._cannot_serve(c, name)
-                if reason:
-                    unknown[name] = reason
-                else:
-                    keep.append(name)
-            c.execute(served.delete())
-            if keep:
-                c.execute(served.insert(), [{"name": name} for name in keep])
-        return unknown
+            # One order for all who lock these rows, so that no two wait for each other.
+            reasons = {name: self._cannot_serve(c, name) for name in sorted({*names, *keep})}
+            for table, chosen in ((served, names), (kept, keep)):
+                c.execute(table.delete())
+                rows = [{"name": name} for name in dict.fromkeys(chosen) if reasons[name] is None]
+                if rows:
+                    c.execute(table.insert(), rows)
+        return {name: reason for name in names if (reason := reasons[name]) is not None}
 
     def _cannot_serve(self, c: sa.Connection, name: str) -> str | None:
         try:

@@ -62,9 +62,10 @@ def get_adapter_file(
 def put_served(body: ServedRequest, services: Wired) -> ServedReply:
     """Set the whole set of versions that every vLLM shall hold, and bring them to it now.
 
-    What fails here because a vLLM is down stays wanted, and is loaded when it is back.
+    The files of those in ``keep`` stay besides, whatever the disk budget, so that they can be gone back to. What fails
+    here because a vLLM is down stays wanted, and is loaded when it is back.
     """
-    unknown = services.versions.set_served(body.versions)
+    unknown = services.versions.set_served(body.versions, body.keep)
     wanted = [name for name in dict.fromkeys(body.versions) if name not in unknown]
     states = services.reconciler.once(retry_refused=True)
     held, failed = services.reconciler.outcome(wanted, states)

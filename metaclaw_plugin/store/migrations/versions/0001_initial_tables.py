@@ -21,14 +21,16 @@ def upgrade() -> None:  # noqa: PLR0915 - one statement a table
         sa.Column("manifest", sa.JSON(), nullable=False),
         sa.Column("decision", sa.JSON(), nullable=True),
         sa.Column("decided_at", sa.Float(), nullable=True),
+        sa.Column("served_at", sa.Float(), nullable=True),
         sa.Column("wish", sa.String(length=16), nullable=True),
+        sa.Column("wished_from", sa.String(length=16), nullable=True),
         sa.Column("announced_at", sa.Float(), nullable=True),
         sa.Column("problem", sa.Text(), nullable=True),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("agent", "number"),
     )
     with op.batch_alter_table("adapters", schema=None) as batch_op:
-        batch_op.create_index("ix_adapters_decided", ["agent", "decided_at"], unique=False)
+        batch_op.create_index("ix_adapters_served", ["agent", "served_at"], unique=False)
         batch_op.create_index("ix_adapters_state", ["state", "agent"], unique=False)
 
     op.create_table(
@@ -139,8 +141,10 @@ def upgrade() -> None:  # noqa: PLR0915 - one statement a table
         "recalls",
         sa.Column("trace_id", sa.String(length=40), nullable=False),
         sa.Column("agent", sa.String(length=63), nullable=False),
+        sa.Column("cause", sa.String(length=16), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
         sa.Column("settled_at", sa.Float(), nullable=True),
+        sa.Column("left_out_at", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("trace_id"),
     )
     with op.batch_alter_table("recalls", schema=None) as batch_op:
@@ -162,6 +166,7 @@ def upgrade() -> None:  # noqa: PLR0915 - one statement a table
         sa.Column("agent", sa.String(length=63), nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("changed_at", sa.Float(), nullable=False),
+        sa.Column("base_at", sa.Float(), nullable=True),
         sa.Column("head", sa.Integer(), nullable=True),
         sa.Column("canary", sa.Integer(), nullable=True),
         sa.Column("canary_share", sa.Float(), nullable=True),

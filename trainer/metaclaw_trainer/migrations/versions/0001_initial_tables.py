@@ -114,6 +114,7 @@ def upgrade() -> None:
         batch_op.create_index("ix_samples_queue", ["state", "agent", "seq"], unique=False)
         batch_op.create_index("ix_samples_settled", ["settled_at"], unique=False)
 
+    op.create_table("kept", sa.Column("name", sa.String(length=80), nullable=False), sa.PrimaryKeyConstraint("name"))
     op.create_table("served", sa.Column("name", sa.String(length=80), nullable=False), sa.PrimaryKeyConstraint("name"))
     op.create_table(
         "versions",
