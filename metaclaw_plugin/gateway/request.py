@@ -41,6 +41,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _TRAINED = (Mode.RL, Mode.AUTO)
+# The model's own distribution. All of it is said, since a vLLM may have other defaults of the model's.
+_PLAIN_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class Gateway:
@@ -121,8 +131,9 @@ class Gateway:
         if plan.turn is None:
             current.recording = Recording(keep_logprobs=True, keep_token_ids=True, model=model, kept=False)
             return call
-        defaults = {"temperature": 1.0, "top_p": 1.0} if plan.agent.mode in _TRAINED else {}
-        missing = {name: value for name, value in defaults.items() if call.get(name) is None}
+        defaults = _PLAIN_SAMPLING if plan.agent.mode in _TRAINED else {}
+        given = {**(call.get("extra_body") or {}), **call}  # where a client may put what OpenAI does not know
+        missing = {name: value for name, value in defaults.items() if given.get(name) is None}
         asks_for_logprobs = bool(call.get("logprobs"))
         # Without logprobs, top_logprobs is the client's mistake: vLLM shall say so.
         wanted = {} if call.get("top_logprobs") is not None and not asks_for_logprobs else {"logprobs": True}

@@ -30,6 +30,8 @@ from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.engine import open_store
 
 KEY = KeyFacts(ours=True, metadata={CLAIM: {"key": "k", "agents": ["alpha", "beta"]}})
+# What a vLLM would take from the model's generation_config.json, if nobody said otherwise.
+PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 INTERNAL = KeyFacts(ours=True, metadata={CLAIM: {"internal": True}})
 
 
@@ -189,11 +191,12 @@ async def test_what_is_not_to_be_kept_is_routed_and_nothing_more(gateway: Gatewa
 @pytest.mark.parametrize(
     ("agent", "asked", "added"),
     [
-        ("alpha", {}, {"temperature": 1.0, "top_p": 1.0, "logprobs": True}),
-        ("alpha", {"temperature": 0.0, "top_p": 0.5}, {"logprobs": True}),
+        ("alpha", {}, {"temperature": 1.0, "top_p": 1.0, **PLAIN, "logprobs": True}),
+        ("alpha", {"temperature": 0.0, "top_p": 0.5}, {**PLAIN, "logprobs": True}),
+        ("alpha", {"temperature": 1, "extra_body": {"top_p": 1, **PLAIN, "top_k": 5}}, {"logprobs": True}),
         ("beta", {}, {"logprobs": True}),
-        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3}, {}),
-        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3, "logprobs": True}, {}),
+        ("alpha", {"temperature": 1, "top_p": 1, **PLAIN, "top_logprobs": 3}, {}),
+        ("alpha", {"temperature": 1, "top_p": 1, **PLAIN, "top_k": 7, "top_logprobs": 3, "logprobs": True}, {}),
     ],
 )
 async def test_an_attempt_asks_for_what_capture_needs_and_for_defaults(
