@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from metaclaw_hooks.types import Agent, Mode
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.group_commit import GroupCommit
+from metaclaw_plugin.capture.quota import Quota
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
@@ -36,6 +38,7 @@ from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.query import awaits_answer
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import Skill
+from metaclaw_plugin.store.traces import OVER_QUOTA
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +75,9 @@ class Gateway:
         self._plugins = plugins
         self._store = GroupCommit(engine)
         self._retriever = retriever
-        self._planner = Planner(settings, retriever, self.in_flight)
-        self._writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
+        quota = Quota(settings.store.max_bytes)
+        self._planner = Planner(settings, retriever, self.in_flight, quota)
+        self._writer = TraceWriter(self._store, quota, metrics.count)
         self._keeper = Keeper(settings, self._writer, plugins, metrics)
         self._virtual_keys = VirtualKeyCache()
         self._started = False
@@ -115,6 +119,8 @@ class Gateway:
             logger.warning("a request of agent %s goes unrecorded: %s", agent, error)
             self._writer.count(UNRECORDED, agent, 1)
             plan, injection = self._planner.without_store(agent, asked.passed_through), None
+        if plan.over_quota and plan.turn is None:
+            self._writer.count(OVER_QUOTA, agent, 1)
         current.plan = plan
         if injection is not None:
             put_messages(current.dialect, data, messages, injection.messages)
@@ -156,8 +162,10 @@ class Gateway:
         self._keeper.keep_rest(current)
 
     def close(self, timeout: float) -> bool:
-        """Store all that is queued; False if that took longer than ``timeout`` seconds."""
-        return self._store.close(timeout)
+        """Store all that is queued, and what was counted; False if that took longer than ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        written = self._writer.close(timeout)
+        return self._store.close(max(0.0, deadline - time.monotonic())) and written
 
     async def _agent_of(
         self, current: CurrentRequest, key: KeyFacts, data: Mapping[str, Any], listed: bool

@@ -319,33 +319,3 @@ async def test_a_404_that_did_not_pass_the_tap_is_reported(
 
     await Answer(current, gateway, send).take({"type": "http.response.start", "status": status, "headers": []})
     assert [r.getMessage() for r in caplog.records if "404" in r.getMessage()] == said
-
-
-@pytest.mark.law(5)
-async def test_an_answer_that_makes_no_trace_reaches_the_client_and_is_counted(
-    gateway: Gateway, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def odd(*_: object) -> None:
-        raise TypeError("secret words of somebody")
-
-    monkeypatch.setattr("metaclaw_plugin.gateway.keeping.traces_of", odd)
-    current, data = request()
-    await gateway.prepare(current, KEY, data, listed=False)
-    gateway.attempt(current, {"model": "m"})
-    assert current.recording is not None
-    current.recording.status = 200
-    current.recording.end()
-    sent: list[str] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message["type"])
-
-    answer = Answer(current, gateway, send)
-    await answer.take({"type": "http.response.start", "status": 200, "headers": []})
-    await answer.take({"type": "http.response.body", "body": b"{}"})
-    gateway.close_request(current)
-    assert sent == ["http.response.start", "http.response.body"]
-    [said] = [record.getMessage() for record in caplog.records if "makes no trace" in record.getMessage()]
-    assert said == "an answer to alpha makes no trace: TypeError in odd"
-    assert gateway.close(10)
-    assert 'name="traces_lost"} 1.0' in gateway.metrics.render().decode()
