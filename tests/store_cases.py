@@ -31,7 +31,9 @@ TRACE = Trace(
     prompt_token_ids=(0, 1, 2**31, 2**32 - 1),
     response_token_ids=(5, 6),
     response_logprobs=(-0.1, -1.2345678901234567e-300),
-    sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=16, stop=("\n",), seed=7),
+    sampling=Sampling(
+        temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16, stop=("\n",), seed=7, others={"logit_bias": {"5": 0.5}}
+    ),
     skills=(SkillRef("be-terse", "0123456789ab", True),),
     skill_generation=2,
     chat_template_hash=None,

@@ -84,9 +84,14 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)  # as sent: what else decides which tokens may be drawn
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,12 @@ Token ids and log-probabilities are only ever appended as the sampler sent them;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Json = dict[str, Any]
 
 _DELTA_KEYS_THAT_REPLACE = frozenset({"role", "id", "type", "index"})
@@ -34,6 +36,16 @@ class Reply:
     prompt_token_ids: list[int] | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
     garbled: bool = False  # something in it was no chat completion
+    failure: str | None = None  # what of ours went wrong over it: nothing of it can be trusted then
+
+    def isolate(self, step: Callable[[T], None], given: T) -> None:
+        """Do one step of recording. If it fails, the answer is not recorded, and reaches the client all the same."""
+        if self.failure is not None:
+            return
+        try:
+            step(given)
+        except Exception as error:  # noqa: BLE001 - isolation boundary: upstreams may say anything (law 5)
+            self.failure = described(error)
 
     def add_event(self, event: Json) -> None:
         """Take in one event of a stream."""
@@ -94,7 +106,7 @@ class Reply:
             return
         try:
             values = [float(entry["logprob"]) for entry in entries]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             self.garbled = True
             return
         choice.logprobs = [] if choice.logprobs is None else choice.logprobs
@@ -132,12 +144,20 @@ def _merge_delta(message: Json, delta: Mapping[str, Any]) -> None:
 def _merge_indexed(message: Json, key: str, parts: list[Mapping[str, Any]]) -> None:
     if not parts:
         return
-    known = message.setdefault(key, [])
+    known = message.get(key)
+    if not isinstance(known, list):
+        known = message[key] = []
     for part in parts:
-        slot = next((item for item in known if item.get("index") == part["index"]), None)
+        slot = next((item for item in known if isinstance(item, dict) and item.get("index") == part["index"]), None)
         if slot is None:
             known.append(slot := {"index": part["index"]})
         _merge_delta(slot, part)
+
+
+def described(error: Exception) -> str:
+    """What went wrong and where, for a log: without the error's own words, which may be an agent's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} in {frames[-1].name}" if frames else type(error).__name__
 
 
 def finished_message(choice: Choice) -> Json:

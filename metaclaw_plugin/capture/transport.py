@@ -2,7 +2,8 @@
 
 LiteLLM's own parser drops the prompt's ids and the last token of a stream. So the request asks for ids and
 log-probabilities, each event is recorded here as it passes, and what the client did not ask for is set back to null
-before LiteLLM sees it. Chunks pass one for one; nothing is held but an unfinished line.
+before LiteLLM sees it. Chunks pass one for one; nothing is held but an unfinished line. Recording and hiding are two
+things: what cannot be recorded is passed on without what we asked for, and counted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 import orjson
 
-from metaclaw_plugin.capture.reply import Reply, choices_of
+from metaclaw_plugin.capture.reply import Json, Reply, choices_of
 
 # LiteLLM writes the model first; the long rest of the body need not be parsed then.
 _MODEL_IN_FRONT = re.compile(rb'\A(\{\s*"model"\s*:\s*)"[^"\\]*"')
@@ -112,7 +112,8 @@ async def _with_model(request: httpx.Request, model: str | None) -> httpx.Reques
     changed, found = _MODEL_IN_FRONT.subn(lambda match: match[1] + name, body, count=1)
     if not found:
         try:
-            changed = _dump(_parse(body) | {"model": model})
+            value, write = _parse(body)
+            changed = write(value | {"model": model})
         except ValueError:
             return request
     headers = [(key, value) for key, value in request.headers.raw if key.lower() != b"content-length"]
@@ -136,14 +137,14 @@ async def _tap_body(response: httpx.Response, recording: Recording) -> httpx.Res
         recording.end()
         await response.aclose()
     try:
-        body = _parse(raw)
-    except ValueError:
+        body, write = _parse(raw)
+    except (ValueError, RecursionError):
         recording.reply.garbled = True
     else:
-        recording.reply.add_body(body)
+        recording.reply.isolate(recording.reply.add_body, body)
         recording.complete = not recording.reply.garbled
         if _hide_injected(body, recording):
-            raw = _dump(body)
+            raw = write(body)
     headers = [*_kept_headers(response), (b"content-length", str(len(raw)).encode())]
     return httpx.Response(response.status_code, headers=headers, content=raw, extensions=response.extensions)
 
@@ -186,20 +187,20 @@ class _TappedStream(httpx.AsyncByteStream):
             recording.end()
             return line
         try:
-            event = _parse(payload)
-        except ValueError:
+            event, write = _parse(payload)
+        except (ValueError, RecursionError):
             recording.reply.garbled = True
             return line
         if recording.first_token_at is None:
             recording.first_token_at = time.time()
-        recording.reply.add_event(event)
+        recording.reply.isolate(recording.reply.add_event, event)
         if not recording.keep_token_ids and _only_for_us(event):
             self._dropped = True
             return b""
-        return b"data: " + _dump(event) + b"\n" if _hide_injected(event, recording) else line
+        return b"data: " + write(event) + b"\n" if _hide_injected(event, recording) else line
 
 
-def _hide_injected(event: dict[str, Any], recording: Recording) -> bool:
+def _hide_injected(event: Json, recording: Recording) -> bool:
     """Set back to null what vLLM leaves null when it is not asked; True if there was any."""
     hidden = False
     names = ([] if recording.keep_token_ids else ["token_ids"]) + ([] if recording.keep_logprobs else ["logprobs"])
@@ -214,7 +215,7 @@ def _hide_injected(event: dict[str, Any], recording: Recording) -> bool:
     return hidden
 
 
-def _only_for_us(event: dict[str, Any]) -> bool:
+def _only_for_us(event: Json) -> bool:
     """Whether vLLM sent this event only because token ids were asked for: a token that a parser held back."""
     choices = event.get("choices")
     return (
@@ -227,18 +228,34 @@ def _only_for_us(event: dict[str, Any]) -> bool:
     )
 
 
-def _parse(payload: bytes) -> dict[str, Any]:
+def _parse(payload: bytes) -> tuple[Json, Callable[[Json], bytes]]:
+    """A JSON object, and what writes such a one again without a loss."""
     try:
-        value = orjson.loads(payload)
+        value, write = orjson.loads(payload), _write
     except orjson.JSONDecodeError:
-        value = json.loads(payload)  # knows NaN and Infinity
+        value, write = _parse_oddities(payload), _write_oddities
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return value
+    return value, write
 
 
-def _dump(value: dict[str, Any]) -> bytes:
+def _parse_oddities(payload: bytes) -> object:
+    """What LiteLLM's own parser takes, and a strict one does not: NaN, half surrogate pairs, bytes that are no text."""
+    try:
+        return json.loads(payload)
+    except UnicodeDecodeError:
+        return json.loads(payload.decode("utf-8", "replace"))
+
+
+def _write(value: Json) -> bytes:
     try:
         return orjson.dumps(value)
-    except TypeError:  # an integer of more than 64 bits
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except TypeError:  # it reads deeper than it writes
+        return _write_oddities(value)
+
+
+def _write_oddities(value: Json) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":")).encode("ascii")
+    except RecursionError as error:  # LiteLLM could not have read it either
+        raise httpx.DecodingError("the upstream's answer is nested too deeply to be passed on") from error

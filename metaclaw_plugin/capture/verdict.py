@@ -1,7 +1,8 @@
 """May this trace be trained on? One sentence says why not.
 
-The loss compares log-probabilities before temperature on both sides, so it can account for mild temperatures only; it
-cannot account for tokens that were forced (guided decoding) or for what the trainer cannot see (images).
+vLLM gives the log-probabilities of the model's own distribution, before anything reshapes it, and the trainer computes
+the same. So the loss can account for mild temperatures and a top_p near 1 only: not for penalties, for what is cut off
+or forbidden, for tokens that were forced (guided decoding), or for what the trainer cannot see (images).
 """
 
 from __future__ import annotations
@@ -17,7 +18,28 @@ from metaclaw_plugin.settings import CaptureSettings
 
 MAX_LOGPROB = 1e-4  # rounding may lift a certain token's logarithm a little above 0
 
+WHOLE = frozenset({"stop", "length", "tool_calls"})  # of length, each token was sampled like any other
+
+# Parameter -> its neutral values, at which each token is as likely as the model makes it.
+_NUMBERS: dict[str, tuple[float, ...]] = {
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+_OTHERS: dict[str, tuple[object, ...]] = {
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "thinking_token_budget": (),
+    "watermarking": (False,),
+    "logits_processors": ([],),
+    "vllm_xargs": ({},),  # to a server's own processors
+}
 _GUIDES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "structural_tag")
+_KEPT = (*_OTHERS, *_GUIDES, "use_beam_search", "response_format", "tool_choice", "parallel_tool_calls")
 _TEXT_PARTS = frozenset({"text", "refusal", "thinking", "reasoning"})
 
 
@@ -37,11 +59,11 @@ def untrainable_reason(
         return "side call"
     if has_other_than_text(request.get("messages")):
         return "image or other content that is no text"
-    if is_guided(request):
-        return "guided decoding"
+    if guide := guide_of(request):
+        return f"guided decoding: {guide}"
     return (
         _token_reason(reply, choice)
-        or (None if complete and choice.finish_reason is not None else "cut off: the answer did not end properly")
+        or _end_reason(choice, complete)
         or _value_reason(reply, choice)
         or sampling_reason(sampling_of(request), request, settings)
     )
@@ -55,6 +77,12 @@ def _token_reason(reply: Reply, choice: Choice) -> str | None:
     if choice.logprobs is None:
         return "no log-probabilities from this upstream"
     return None
+
+
+def _end_reason(choice: Choice, complete: bool) -> str | None:
+    if not complete or choice.finish_reason is None:
+        return "cut off: the answer did not end properly"
+    return None if choice.finish_reason in WHOLE else f"cut off: it ended with {choice.finish_reason[:40]!r}"
 
 
 def _value_reason(reply: Reply, choice: Choice) -> str | None:
@@ -79,18 +107,40 @@ def sampling_reason(sampling: Sampling, request: Mapping[str, Any], settings: Ca
         return f"temperature {temperature:g} is outside {settings.min_temperature:g}-{settings.max_temperature:g}"
     if top_p is not None and top_p < settings.min_top_p:
         return f"top_p {top_p:g} is under {settings.min_top_p:g}"
+    if name := next((name for name in (*_NUMBERS, *_OTHERS) if _reshapes(name, request.get(name))), None):
+        return f"{name} reshapes what is sampled, and the log-probabilities do not show it"
     return None
 
 
-def is_guided(request: Mapping[str, Any]) -> bool:
-    """Whether a grammar, and not the model alone, chose the tokens."""
-    if any(request.get(name) for name in _GUIDES):
-        return True
+def _reshapes(name: str, value: object) -> bool:
+    if value is None or value in (_NUMBERS.get(name) or _OTHERS.get(name) or ()):
+        return False
+    return not (name == "logit_bias" and isinstance(value, Mapping) and not any(value.values()))
+
+
+def guide_of(request: Mapping[str, Any]) -> str | None:
+    """What of the request makes a grammar, and not the model alone, choose the tokens; ``None``: nothing."""
+    for name in _GUIDES:
+        if request.get(name):
+            return name
     layout = request.get("response_format")
     if isinstance(layout, Mapping) and layout.get("type") not in (None, "text"):
-        return True
-    choice = request.get("tool_choice")
-    return choice == "required" or isinstance(choice, Mapping)
+        return "response_format"
+    return _guide_of_tools(request)
+
+
+def _guide_of_tools(request: Mapping[str, Any]) -> str | None:
+    """vLLM leaves the model free whether and how to call a tool under ``auto``, but for two wishes."""
+    choice, tools = request.get("tool_choice"), request.get("tools")
+    if choice == "required" or isinstance(choice, Mapping):
+        return "tool_choice"
+    if choice == "none" or not isinstance(tools, list) or not tools:
+        return None
+    if request.get("parallel_tool_calls") is False:
+        return "parallel_tool_calls"
+    functions = (tool.get("function") for tool in tools if isinstance(tool, Mapping))
+    strict = any(isinstance(function, Mapping) and function.get("strict") is True for function in functions)
+    return "strict tools" if strict else None
 
 
 def has_other_than_text(messages: object) -> bool:
@@ -119,9 +169,14 @@ def sampling_of(request: Mapping[str, Any]) -> Sampling:
         temperature=_number(request.get("temperature")),
         top_p=_number(request.get("top_p")),
         top_k=_integer(request.get("top_k")),
+        min_p=_number(request.get("min_p")),
+        repetition_penalty=_number(request.get("repetition_penalty")),
+        presence_penalty=_number(request.get("presence_penalty")),
+        frequency_penalty=_number(request.get("frequency_penalty")),
         max_tokens=_integer(request.get("max_completion_tokens", request.get("max_tokens"))),
         stop=tuple(item for item in several if isinstance(item, str)),
         seed=_integer(request.get("seed")),
+        others={name: request[name] for name in _KEPT if request.get(name) is not None},
     )
 
 

@@ -6,6 +6,7 @@ Feed it every byte of the answer; ``reply`` is then a chat completion without to
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,17 +21,28 @@ _ENDED = {"completed": "stop", "incomplete": "length"}
 
 
 class VisibleAnswer:
-    """Reads one answer. ``complete`` once the dialect's own end mark has passed."""
+    """Reads one answer. ``complete`` once the dialect's own end mark has passed. Fails nobody, whatever comes."""
 
-    def __init__(self, dialect: str, streams: bool) -> None:
+    def __init__(self, dialect: str, streams: bool, packed: bool = False) -> None:
+        """``packed``: the bytes are compressed by gzip."""
         self.reply = Reply()
         self.complete = False
         self._dialect = dialect
         self._streams = streams
         self._rest = bytearray()
+        self._unpack = zlib.decompressobj(wbits=31) if packed else None
 
     def feed(self, data: bytes) -> None:
         """Take in the next bytes."""
+        self.reply.isolate(self._feed, data)
+
+    def end(self) -> None:
+        """That was all of it."""
+        self.reply.isolate(self._end, None)
+
+    def _feed(self, data: bytes) -> None:
+        if self._unpack is not None:
+            data = self._unpack.decompress(data)
         if len(self._rest) + len(data) > _MAX_WHOLE:
             self.reply.garbled = True
             return
@@ -42,8 +54,7 @@ class VisibleAnswer:
                 if line.startswith(b"data:"):
                     self._take(line[5:].strip())
 
-    def end(self) -> None:
-        """That was all of it."""
+    def _end(self, _: None) -> None:
         if not self._streams:
             self._take(bytes(self._rest))
             self._rest.clear()

@@ -34,6 +34,7 @@ class Plan:
     ticket: Ticket | None
     skills: tuple[SkillRef, ...] = ()
     skill_generation: int = 0
+    over_quota: bool = False  # the store is full: its trace, if it is to have one, will not be stored
 
     @property
     def on_own_model(self) -> bool:
@@ -58,7 +59,8 @@ class CurrentRequest:
     response_id: str | None = None  # as the client sees it
     committed: bool = False
     counted_as: str | None = None  # whose traffic it is, while it is on its way; None: nobody waits for it
-    upstream_key: str | None = field(default=None, repr=False)  # the caller's own, for the owner's deployments
+    named: str | None = None  # the owner's deployment that the client asked for
+    upstream_key: str | None = field(default=None, repr=False)  # the caller's own, for that deployment and no other
     data: dict[str, Any] = field(default_factory=dict, repr=False)  # LiteLLM's request, as it was prepared
 
     def sniff(self, body: bytes) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from metaclaw_hooks.plugins import Plugins
 from metaclaw_hooks.types import Trace
 
 from metaclaw_plugin.capture.assemble import Origin, traces_of
+from metaclaw_plugin.capture.reply import described
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import LOST, TraceWriter
 from metaclaw_plugin.gateway import sessions
@@ -45,8 +45,8 @@ class Keeper:
         if (batch := await self._batch(current)) is None:
             return
         started = time.perf_counter()
-        stored = await self._writer.write(*batch, self._settings.gateway.commit_timeout, alone)
-        self._metrics.committed(stored, time.perf_counter() - started)
+        written = await self._writer.write(*batch, self._settings.gateway.commit_timeout, alone)
+        self._metrics.committed(written, time.perf_counter() - started)
 
     def keep_rest(self, current: CurrentRequest) -> None:
         """The client is gone or the upstream failed: store what there is, without a wait."""
@@ -55,8 +55,13 @@ class Keeper:
             in_background(self._submit(current))  # the request's own task may be on its way out
 
     async def _submit(self, current: CurrentRequest) -> None:
-        if (batch := await self._batch(current)) is not None:
-            self._writer.submit(*batch)
+        try:
+            if (batch := await self._batch(current)) is not None:
+                self._writer.submit(*batch)
+        except asyncio.CancelledError:  # the process ends
+            if current.plan is not None:
+                self._writer.count(LOST, current.plan.agent.name, 1)
+            raise
 
     async def _batch(self, current: CurrentRequest) -> Batch | None:
         """What is to be stored; nothing, and a count, if that cannot be told. The client gets its answer either way."""
@@ -64,20 +69,32 @@ class Keeper:
         if current.committed or plan is None or plan.turn is None or recording is None:
             return None
         current.committed = True
+        batch: Batch | None = None
         try:
-            return await self._assembled(current, plan, plan.turn, recording)
+            if (failure := recording.reply.failure) is None:
+                batch = await self._assembled(current, plan, plan.turn, recording)
+            else:
+                self._lose(plan.agent.name, failure)
+        except asyncio.CancelledError:
+            current.committed = False  # the client has left while a plugin thought: ``keep_rest`` does it all again
+            raise
         except Exception as error:  # noqa: BLE001 - isolation boundary: upstreams and clients may say anything
-            # What they said is not for the log.
-            agent, place = plan.agent.name, traceback.extract_tb(error.__traceback__)[-1].name
-            logger.error("an answer to %s makes no trace: %s in %s", agent, type(error).__name__, place)
-            self._writer.count(LOST, agent, 1)
-            return None
+            self._lose(plan.agent.name, described(error))
+        recording.forget()  # LiteLLM's background tasks hold on to this request's context for a while
+        return batch
+
+    def _lose(self, agent: str, failure: str) -> None:
+        logger.error(
+            "an answer to %s makes no trace: %s; it is counted as lost, report it with the kind of upstream",
+            agent,
+            failure,
+        )
+        self._writer.count(LOST, agent, 1)
 
     async def _assembled(self, current: CurrentRequest, plan: Plan, turn: Turn, recording: Recording) -> Batch | None:
         complete = recording.complete
         origin = _origin(current.dialect, plan, turn)
         traces = traces_of(origin, recording, current.response_id, self._settings.capture)
-        recording.forget()  # LiteLLM's background tasks hold on to this request's context for a while
         if not traces:
             return None
         answers = [trace.response for trace in traces]

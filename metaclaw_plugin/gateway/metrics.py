@@ -30,9 +30,9 @@ class Metrics:
         """Count ``n`` more of ``name`` for ``agent``."""
         self._events.labels(name, agent).inc(n)
 
-    def committed(self, stored: bool, seconds: float) -> None:
-        """A trace was committed, or not within the bounded wait, after ``seconds``."""
-        self._commits.labels("yes" if stored else "no").observe(seconds)
+    def committed(self, stored: str, seconds: float) -> None:
+        """An answer's wait for its trace ended after ``seconds``: "yes", "no" (not in time) or "over_quota"."""
+        self._commits.labels(stored).observe(seconds)
 
     def render(self) -> bytes:
         """All of it as Prometheus reads it, of all worker processes."""

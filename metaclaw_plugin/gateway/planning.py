@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from metaclaw_hooks.types import BASE_VERSION, Agent, Kind, Mode
 
+from metaclaw_plugin.capture.quota import Quota
 from metaclaw_plugin.gateway import sessions
 from metaclaw_plugin.gateway.current import Plan
 from metaclaw_plugin.gateway.dialects import Message
 from metaclaw_plugin.gateway.routing import InFlight, Route, RoutedTurn, Ticket, pick_route, upstream_model
-from metaclaw_plugin.gateway.sessions import Heard, RequestEvidence
+from metaclaw_plugin.gateway.sessions import Heard, RequestEvidence, Turn
 from metaclaw_plugin.settings import Settings
 from metaclaw_plugin.skills.injection import Anchored, Injection, anchor_messages, plan_injection
 from metaclaw_plugin.skills.retrieval import Retriever
@@ -44,8 +45,9 @@ class Asked:
 class Planner:
     """Reads in any thread, decides in the store's; remembers nothing but each agent's last route."""
 
-    def __init__(self, settings: Settings, retriever: Retriever, in_flight: InFlight) -> None:
+    def __init__(self, settings: Settings, retriever: Retriever, in_flight: InFlight, quota: Quota) -> None:
         self._settings = settings
+        self._quota = quota
         self._retriever = retriever
         self._in_flight = in_flight
         self._last_route: dict[str, int] = {}  # for when the store does not answer
@@ -77,11 +79,33 @@ class Planner:
         if agent.mode is Mode.OFF or not record.record or not asked.kept:
             route, ticket = self._route(c, asked, _Unkept())
             return Plan(_new_id(), agent, route, None, ticket), None
-        turn = sessions.resolve(c, agent.name, asked.heard, asked.at, self._settings)
+        full = self._quota.is_full(c)
+        turn = self._place(c, agent, asked, full)
+        if turn is None:
+            route, ticket = self._route(c, asked, _Unkept())
+            return Plan(_new_id(), agent, route, None, ticket, over_quota=True), None
         withheld = self._settings.skills.withheld_share
-        injection = plan_injection(c, agent, turn, asked.anchored, asked.chosen, withheld_share=withheld)
+        # Past the quota a session has what it had, and no skill enters that would have to be remembered.
+        shown = replace(turn, new_exchange=False) if full else turn
+        injection = plan_injection(c, agent, shown, asked.anchored, asked.chosen, withheld_share=withheld)
         route, ticket = self._route(c, asked, turn)
-        return Plan(_new_id(), agent, route, turn, ticket, injection.skills, injection.generation), injection
+        plan = Plan(_new_id(), agent, route, turn, ticket, injection.skills, injection.generation, over_quota=full)
+        return plan, injection
+
+    def _place(self, c: sa.Connection, agent: Agent, asked: Asked, full: bool) -> Turn | None:
+        """Where the request stands; ``None``: a conversation of which nothing is kept, since the store is full.
+
+        One that has a session goes on in it, so that it is in its place when there is room again.
+        """
+        if not full:
+            return sessions.resolve(c, agent.name, asked.heard, asked.at, self._settings)
+        before = c.begin_nested()
+        turn = sessions.resolve(c, agent.name, asked.heard, asked.at, self._settings)
+        if turn.turn > 0:
+            before.commit()
+            return turn
+        before.rollback()  # it had to be opened for this request
+        return None
 
     def without_store(self, agent: str, passed_through: str | None) -> Plan:
         """Where a request goes when the store does not answer; nothing of it is kept."""

@@ -78,6 +78,7 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
         raise HTTPException(413, complaint)
     model = data.get("model")
     listed = isinstance(model, str) and is_listed(model)
+    current.named = model if listed else None
     try:
         await gateway.prepare(current, KeyFacts.of(auth), data, listed)
     except ForbiddenAgentError as error:
@@ -95,33 +96,40 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
 
 
 def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
-    """Make a call to vLLM recordable, give any other the caller's own key; ``None``: leave it as it is.
+    """Make a call to vLLM recordable, give the caller's own key to what it named; ``None``: leave the call as it is.
 
     Raises:
         HTTPException: 403 if it goes to an agent's adapter and nothing decided that it may.
     """
     current = CURRENT.get()
-    _refuse_unrouted(call, current)
+    groups = _groups(call)
+    _refuse_unrouted(groups, current)
     if current is None:
         return None
-    if call.get("custom_llm_provider") == "hosted_vllm" or str(call.get("model")).startswith("hosted_vllm/"):
-        if current.plan is None or getattr(call_type, "value", call_type) != "acompletion":
-            return None
-        return process_gateway().attempt(current, call) | {"client": tapped_client()}
-    if current.upstream_key is not None:
-        return call | {"api_key": current.upstream_key, "client": None}  # LiteLLM's client would bring our key
-    return None
+    # A fallback is another group: the caller gave no key for it.
+    own = {} if current.upstream_key is None or groups != {current.named} else {"api_key": current.upstream_key}
+    vllm = call.get("custom_llm_provider") == "hosted_vllm" or str(call.get("model")).startswith("hosted_vllm/")
+    if vllm and current.plan is not None and getattr(call_type, "value", call_type) == "acompletion":
+        return process_gateway().attempt(current, call) | {"client": tapped_client()} | own
+    return call | own | {"client": None} if own else None  # LiteLLM's client would bring our key
 
 
-def _refuse_unrouted(call: dict[str, Any], current: CurrentRequest | None) -> None:
+def _groups(call: dict[str, Any]) -> set[str]:
+    """The deployment group that LiteLLM's router chose, and whatever else a client may have written in its place."""
+    found = [call.get("metadata"), call.get("litellm_metadata")]
+    groups = [part.get("model_group") for part in found if isinstance(part, dict)]
+    return {group for group in groups if isinstance(group, str)}
+
+
+def _refuse_unrouted(groups: set[str], current: CurrentRequest | None) -> None:
     """The last wall before vLLM: some routes of LiteLLM reach a deployment without asking any hook before (law 4)."""
-    group = ((call.get("metadata") or call.get("litellm_metadata")) or {}).get("model_group")
-    if not isinstance(group, str) or not group.startswith(MODEL_PREFIX):
-        return
-    base = group == MODEL_PREFIX + BASE_MODEL_NAME  # nobody's, so that an owner may name it as a fallback
-    routed = current is not None and (base or (current.plan is not None and current.plan.on_own_model))
-    if not routed:
-        raise HTTPException(403, f"no request may choose {group[:80]!r} past its agent")
+    for group in groups:
+        if not group.startswith(MODEL_PREFIX):
+            continue
+        base = group == MODEL_PREFIX + BASE_MODEL_NAME  # nobody's, so that an owner may name it as a fallback
+        routed = current is not None and (base or (current.plan is not None and current.plan.on_own_model))
+        if not routed:
+            raise HTTPException(403, f"no request may choose {group[:80]!r} past its agent")
 
 
 def with_answer(response: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from metaclaw_hooks.types import Agent, Mode
 from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture.group_commit import GroupCommit
+from metaclaw_plugin.capture.quota import Quota
 from metaclaw_plugin.capture.transport import Recording
 from metaclaw_plugin.capture.writer import UNRECORDED, TraceWriter
 from metaclaw_plugin.errors import StoreError
@@ -38,11 +40,22 @@ from metaclaw_plugin.skills.injection import Injection
 from metaclaw_plugin.skills.library import Library
 from metaclaw_plugin.skills.retrieval import Retriever
 from metaclaw_plugin.skills.skill_file import Skill
+from metaclaw_plugin.store.traces import OVER_QUOTA
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _TRAINED = (Mode.RL, Mode.AUTO)
+# The model's own distribution. All of it is said, since a vLLM may have other defaults of the model's.
+_PLAIN_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class Gateway:
@@ -66,8 +79,9 @@ class Gateway:
         self._store = GroupCommit(engine)
         self._retriever = retriever
         self._reading = Asking("reading")
-        self._planner = Planner(settings, retriever, self.in_flight)
-        self._writer = TraceWriter(self._store, settings.store.max_bytes, metrics.count)
+        quota = Quota(settings.store.max_bytes)
+        self._planner = Planner(settings, retriever, self.in_flight, quota)
+        self._writer = TraceWriter(self._store, quota, metrics.count)
         self._keeper = Keeper(settings, self._writer, plugins, metrics)
         self._virtual_keys = VirtualKeyCache()
         self._started = False
@@ -109,6 +123,8 @@ class Gateway:
             logger.warning("a request of agent %s goes unrecorded: %s", agent, error)
             self._writer.count(UNRECORDED, agent, 1)
             plan, injection = self._planner.without_store(agent, passed_through), None
+        if plan.over_quota and plan.turn is None:
+            self._writer.count(OVER_QUOTA, agent, 1)
         current.plan = plan
         if injection is not None:
             put_messages(current.dialect, data, messages, injection.messages)
@@ -125,8 +141,9 @@ class Gateway:
         if plan.turn is None:
             current.recording = Recording(keep_logprobs=True, keep_token_ids=True, model=model, kept=False)
             return call
-        defaults = {"temperature": 1.0, "top_p": 1.0} if plan.agent.mode in _TRAINED else {}
-        missing = {name: value for name, value in defaults.items() if call.get(name) is None}
+        defaults = _PLAIN_SAMPLING if plan.agent.mode in _TRAINED else {}
+        given = {**(call.get("extra_body") or {}), **call}  # where a client may put what OpenAI does not know
+        missing = {name: value for name, value in defaults.items() if given.get(name) is None}
         asks_for_logprobs = bool(call.get("logprobs"))
         # Without logprobs, top_logprobs is the client's mistake: vLLM shall say so.
         wanted = {} if call.get("top_logprobs") is not None and not asks_for_logprobs else {"logprobs": True}
@@ -151,8 +168,10 @@ class Gateway:
         self._keeper.keep_rest(current)
 
     def close(self, timeout: float) -> bool:
-        """Store all that is queued; False if that took longer than ``timeout`` seconds."""
-        return self._store.close(timeout)
+        """Store all that is queued, and what was counted; False if that took longer than ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        written = self._writer.close(timeout)
+        return self._store.close(max(0.0, deadline - time.monotonic())) and written
 
     async def _agent_of(
         self, current: CurrentRequest, key: KeyFacts, data: Mapping[str, Any], listed: bool

@@ -11,6 +11,7 @@ import sys
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from metaclaw_hooks.types import Kind, Purpose, Sampling, SkillRef, Trace
@@ -161,14 +162,7 @@ def short_text(value: str | None, length: int) -> str | None:
 
 
 def _sampling_to_json(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_tokens": sampling.max_tokens,
-        "stop": list(sampling.stop),
-        "seed": sampling.seed,
-    }
+    return {parameter.name: getattr(sampling, parameter.name) for parameter in fields(Sampling)}
 
 
 def _bytes(values: array[Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,15 @@ def count(c: Connection, name: str, label: str = "", n: int = 1) -> None:
     """
     statement = _adding(c.dialect.name)
     c.execute(statement, {"name": name, "label": label[:LABEL_LENGTH], "value": n, "at": time.time()})
+
+
+def count_all(c: Connection, counts: Mapping[tuple[str, str], int]) -> None:
+    """Add to several counters, by name and label: each once and in one order, or two writers would wait for each other.
+
+    Every request of an agent changes the same few rows, and their locks last until the commit: call it last.
+    """
+    for (name, label), n in sorted(counts.items()):
+        count(c, name, label, n)
 
 
 def read_counters(c: Connection, name: str | None = None) -> dict[str, dict[str, int]]:

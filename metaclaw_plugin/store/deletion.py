@@ -16,7 +16,7 @@ from metaclaw_hooks.wire import RecallReply
 from sqlalchemy.engine import Connection, Engine
 
 from metaclaw_plugin.store import schema
-from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.counters import count, count_all
 from metaclaw_plugin.store.engine import insert_or_ignore
 from metaclaw_plugin.store.forwarding import mark_skipped
 from metaclaw_plugin.store.traces import STORED_BYTES, TraceFilter
@@ -69,8 +69,6 @@ def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH, *, cau
     ).rowcount
     rewards = c.execute(sa.delete(schema.rewards).where(schema.rewards.c.trace_id.in_(ids))).rowcount
     c.execute(sa.delete(t).where(t.c.seq.in_([row.seq for row in rows])))
-    for agent in sorted(agents):
-        count(c, STORED_BYTES, agent, -sum(row.size for row in rows if row.agent == agent))
     report = DeletionReport(
         traces=len(rows),
         bytes=sum(row.size for row in rows),
@@ -79,7 +77,10 @@ def delete_traces(c: Connection, where: TraceFilter, limit: int = _BATCH, *, cau
         recalls=recalled,
         sent=tuple((row.agent, row.id) for row in sent),
     )
-    return report + _delete_emptied(c, sorted({row.session for row in rows}), now)
+    report += _delete_emptied(c, sorted({row.session for row in rows}), now)
+    freed = {(STORED_BYTES, agent): -sum(row.size for row in rows if row.agent == agent) for agent in agents}
+    count_all(c, freed)
+    return report
 
 
 def delete_all(engine: Engine, where: TraceFilter) -> DeletionReport:

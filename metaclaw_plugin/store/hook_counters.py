@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from metaclaw_hooks.plugins import HookStats
 from sqlalchemy.engine import Connection
 
-from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.counters import count_all
 
 
 def add_hook_stats(c: Connection, fresh: Mapping[tuple[str, str], HookStats]) -> None:
     """Add calls, failures and microseconds by "plugin:hook"."""
-    for (plugin, hook), stats in sorted(fresh.items()):
+    counts: dict[tuple[str, str], int] = {}
+    for (plugin, hook), stats in fresh.items():
         label = f"{plugin}:{hook}"
-        count(c, "hook_calls", label, stats.calls)
-        count(c, "hook_microseconds", label, round(stats.seconds * 1e6))
+        counts["hook_calls", label] = stats.calls
+        counts["hook_microseconds", label] = round(stats.seconds * 1e6)
         if stats.failures:
-            count(c, "hook_failures", label, stats.failures)
+            counts["hook_failures", label] = stats.failures
+    count_all(c, counts)

@@ -156,6 +156,7 @@ def find_by_chain(c: Connection, agent: str, hashes: Sequence[str]) -> str | Non
     rows = sorted(found, key=lambda row: (order[row.hash], not row.tip, row.at))
     if not rows:
         return None
+    c.execute(_TAKE, {"session": rows[0].session})  # every writer locks the session first, and its chain after that
     c.execute(_PASS_TIP, {"of": rows[0].session})
     return str(rows[0].session)
 

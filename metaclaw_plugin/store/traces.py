@@ -6,6 +6,7 @@ worker and by whoever owns them. Reading goes by pages of ``seq``, so that memor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from metaclaw_plugin.errors import UnknownSessionError, UnknownTraceError
 from metaclaw_plugin.store import schema
 from metaclaw_plugin.store.codec import decode_trace, encode_trace
-from metaclaw_plugin.store.counters import count
+from metaclaw_plugin.store.counters import count_all
 from metaclaw_plugin.store.engine import insert_or_ignore
 
 STORED_BYTES = "stored_bytes"  # counter: bytes of each agent's traces in the store
@@ -66,7 +67,13 @@ class InsertReport:
 
     stored: tuple[str, ...]  # ids that are new in the store
     known: tuple[str, ...]  # ids that were there already
-    over_quota: tuple[str, ...]  # ids that were not stored, and counted
+    over_quota: tuple[str, ...]  # ids that were not stored for want of quota
+    counts: Mapping[tuple[str, str], int]  # what it adds to the counters, by name and label
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the traces which are new in the store take."""
+        return sum(n for (name, _), n in self.counts.items() if name == STORED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,33 +94,43 @@ class StoredTrace:
 def insert_traces(
     c: Connection, traces: Sequence[Trace | Mapping[str, Any]], max_bytes: int | None = None
 ) -> InsertReport:
-    """Store ``traces`` (or rows that ``encode_trace`` made of them before, to hold the write lock for less long).
+    """Store ``traces`` and count them.
 
     Past ``max_bytes`` of stored traces in all, further ones are counted and not stored.
 
     Raises:
         StoreError: if a trace cannot be encoded.
     """
-    rows = [encode_trace(item) if isinstance(item, Trace) else item for item in traces]
-    room = None if max_bytes is None else max_bytes - stored_bytes(c)
+    report = add_traces(c, traces, None if max_bytes is None else max_bytes - stored_bytes(c))
+    count_all(c, report.counts)
+    return report
+
+
+def add_traces(c: Connection, traces: Sequence[Trace | Mapping[str, Any]], room: int | None) -> InsertReport:
+    """Store ``traces`` (or rows that ``encode_trace`` made of them before, to hold the write lock for less long).
+
+    Those for which ``room``, in bytes, does not suffice are left out. The report's ``counts`` are the caller's to
+    write, last in its transaction.
+
+    Raises:
+        StoreError: if a trace cannot be encoded.
+    """
     stored: list[str] = []
     known: list[str] = []
     refused: list[str] = []
-    sizes: dict[str, int] = {}
-    for row in sorted(rows, key=lambda row: str(row["agent"])):  # one lock order for all writers
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in [encode_trace(item) if isinstance(item, Trace) else item for item in traces]:
         if room is not None and row["size"] > room:
             refused.append(row["id"])
-            count(c, OVER_QUOTA, row["agent"])
+            counts[OVER_QUOTA, row["agent"]] += 1
             continue
         if not insert_or_ignore(c, schema.traces, [row]):
             known.append(row["id"])
             continue
         stored.append(row["id"])
-        sizes[row["agent"]] = sizes.get(row["agent"], 0) + row["size"]
+        counts[STORED_BYTES, row["agent"]] += row["size"]
         room = None if room is None else room - row["size"]
-    for agent, size in sizes.items():
-        count(c, STORED_BYTES, agent, size)
-    return InsertReport(tuple(stored), tuple(known), tuple(refused))
+    return InsertReport(tuple(stored), tuple(known), tuple(refused), counts)
 
 
 def stored_bytes(c: Connection) -> int:

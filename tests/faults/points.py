@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     # gateway
     "commit.prepared": ("metaclaw_plugin.gateway.request", "Gateway.prepare", "after"),
     "commit.answered": ("metaclaw_plugin.gateway.keeping", "Keeper.commit", "before"),
-    "commit.inserted": ("metaclaw_plugin.capture.writer", "insert_traces", "after"),
+    "commit.inserted": ("metaclaw_plugin.capture.quota", "add_traces", "after"),
     "commit.committed": ("metaclaw_plugin.capture.group_commit", "GroupCommit._commit", "after"),
     "commit.acknowledged": ("metaclaw_plugin.gateway.keeping", "Keeper.commit", "after"),
     # worker

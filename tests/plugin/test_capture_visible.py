@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -107,3 +108,37 @@ def test_an_answer_of_the_responses_route_that_failed_says_nothing() -> None:
     answer = read("responses", False, json.dumps(RESPONSE | {"status": "failed"}).encode())
     assert not answer.complete
     assert not answer.reply.choices
+
+
+@pytest.mark.law(5)
+@pytest.mark.parametrize("packed", [b"this is no gzip", gzip.compress(b"data: {}")[:-9] + b"\x00" * 40])
+def test_an_answer_that_cannot_be_unpacked_is_not_recorded_and_fails_nobody(packed: bytes) -> None:
+    seen = VisibleAnswer("chat", streams=True, packed=True)
+    seen.feed(packed)
+    seen.feed(b"more")
+    seen.end()
+    assert (seen.reply.failure, seen.complete) == ("error in _feed", False)
+
+
+def test_an_answer_that_is_packed_is_read_like_any_other() -> None:
+    packed = gzip.compress(sse(*CHAT))
+    seen = VisibleAnswer("chat", streams=True, packed=True)
+    seen.feed(packed[:30])
+    seen.feed(packed[30:])
+    assert finished_message(seen.reply.choices[0]) == SAID
+
+
+@pytest.mark.law(5)
+@pytest.mark.parametrize(
+    ("dialect", "event"),
+    [
+        ("responses", {"response": {"status": ["completed"]}}),
+        ("messages", {"type": "content_block_delta", "delta": {"partial_json": "{"}, "message": 5}),
+        ("messages", {"type": ["message_start"], "content_block": [1], "delta": [2]}),
+        ("chat", {"choices": [{"index": 0, "delta": {"content": "a"}}, 7, {"delta": [1]}]}),
+    ],
+)
+def test_events_of_any_shape_fail_nobody(dialect: str, event: dict[str, Any]) -> None:
+    seen = VisibleAnswer(dialect, streams=True)
+    seen.feed(sse(event))
+    seen.end()

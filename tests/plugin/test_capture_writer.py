@@ -18,13 +18,13 @@ from sqlalchemy.engine import Engine
 
 from metaclaw_plugin.capture import writer as writing
 from metaclaw_plugin.capture.group_commit import GroupCommit
-from metaclaw_plugin.capture.writer import LATE, LOST, UNRECORDED, TraceWriter
-from metaclaw_plugin.errors import StoreError
-from metaclaw_plugin.store import schema
-from metaclaw_plugin.store.agents import add_agent
-from metaclaw_plugin.store.counters import read_counters
+from metaclaw_plugin.capture.quota import Quota
+from metaclaw_plugin.capture.writer import LATE, LOST, UNRECORDED, TraceWriter, Written
+from metaclaw_plugin.store.codec import encode_trace
+from metaclaw_plugin.store.counters import count_all, read_counters
+from metaclaw_plugin.store.deletion import delete_all
 from metaclaw_plugin.store.engine import open_store
-from metaclaw_plugin.store.traces import get_trace
+from metaclaw_plugin.store.traces import OVER_QUOTA, STORED_BYTES, TraceFilter, get_trace, stored_bytes
 
 TRACE = Trace(
     id="tr-0", request_id="tr-0", agent="alpha", session="s", turn=0, exchange=0, kind=Kind.MAIN, route="chat",
@@ -93,7 +93,7 @@ def stored(database: Path) -> list[str]:
 async def test_when_write_returns_true_another_process_sees_the_trace(
     store: GroupCommit, database: Path, told: Told, engine: Engine
 ) -> None:
-    assert await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 5.0)
+    assert await TraceWriter(store, Quota(None), told).write("alpha", [TRACE], nothing, 5.0) is Written.STORED
     assert stored(database) == ["tr-0"]
     with engine.connect() as c:
         assert get_trace(c, "tr-0") == TRACE
@@ -103,16 +103,16 @@ async def test_what_comes_after_is_in_the_same_transaction(store: GroupCommit, d
     def fail(_: sa.Connection) -> None:
         raise ValueError("no")
 
-    assert not await TraceWriter(store, None, told).write("alpha", [TRACE], fail, 5.0)
+    assert await TraceWriter(store, Quota(None), told).write("alpha", [TRACE], fail, 5.0) is Written.LATE
     assert stored(database) == []
-    assert told == {LOST: 1}
+    assert told == {LATE: 1, LOST: 1}
 
 
 @pytest.mark.law(3)
 async def test_a_trace_written_twice_is_stored_once(store: GroupCommit, database: Path, told: Told) -> None:
-    writer = TraceWriter(store, None, told)
-    assert await writer.write("alpha", [TRACE], nothing, 5.0)
-    assert await writer.write("alpha", [TRACE], nothing, 5.0, alone=True)
+    writer = TraceWriter(store, Quota(None), told)
+    assert await writer.write("alpha", [TRACE], nothing, 5.0) is Written.STORED
+    assert await writer.write("alpha", [TRACE], nothing, 5.0, alone=True) is Written.STORED
     assert stored(database) == ["tr-0"]
 
 
@@ -122,7 +122,9 @@ async def test_a_request_that_is_alone_waits_for_its_commit_and_for_nothing_else
     monkeypatch.setattr(writing, "_MOMENT", 5.0)
     put_off: list[str] = []
     asyncio.get_running_loop().call_soon(put_off.append, "the upstream's log")
-    assert await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 5.0, alone=True)
+    assert (
+        await TraceWriter(store, Quota(None), told).write("alpha", [TRACE], nothing, 5.0, alone=True) is Written.STORED
+    )
     assert stored(database) == ["tr-0"]
     assert put_off == []
 
@@ -132,7 +134,8 @@ async def test_a_store_that_does_not_answer_costs_the_wait_and_no_more(
     store: GroupCommit, database: Path, told: Told
 ) -> None:
     hold = Hold(database)
-    assert not await TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 0.05, alone=True)
+    written = await TraceWriter(store, Quota(None), told).write("alpha", [TRACE], nothing, 0.05, alone=True)
+    assert written is Written.LATE
     assert told == {LATE: 1}
     hold.release()
     await until(lambda: stored(database) == ["tr-0"])
@@ -145,8 +148,9 @@ async def test_a_store_that_refuses_is_tried_again_and_nothing_is_lost(
     monkeypatch.setattr(writing, "_RETRY_DELAYS", (0.05, 0.05, 0.05))
     with engine.begin() as c:
         c.exec_driver_sql("ALTER TABLE traces RENAME TO gone")
-    write = asyncio.create_task(TraceWriter(store, None, told).write("alpha", [TRACE], nothing, 5.0))
-    assert not await write
+    write = asyncio.create_task(TraceWriter(store, Quota(None), told).write("alpha", [TRACE], nothing, 5.0))
+    assert await write is Written.LATE
+    assert told == {LATE: 1}, "the process may die before it is stored"
     with engine.begin() as c:
         c.exec_driver_sql("ALTER TABLE gone RENAME TO traces")
     await until(lambda: stored(database) == ["tr-0"])
@@ -154,107 +158,113 @@ async def test_a_store_that_refuses_is_tried_again_and_nothing_is_lost(
 
 
 @pytest.mark.law(5)
-async def test_what_is_lost_for_good_is_counted_in_the_store_as_soon_as_it_answers(
+async def test_what_is_lost_for_good_is_counted_in_the_store(
     store: GroupCommit, told: Told, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "_RETRY_DELAYS", ())
-    writer = TraceWriter(store, None, told)
+    writer = TraceWriter(store, Quota(None), told)
     with engine.begin() as c:
         c.exec_driver_sql("ALTER TABLE traces RENAME TO gone")
-    assert not await writer.write("alpha", [TRACE, replace(TRACE, id="tr-1")], nothing, 5.0)
-    await until(lambda: told[LOST] == 2)
-    with engine.begin() as c:
-        c.exec_driver_sql("ALTER TABLE gone RENAME TO traces")
-    assert await writer.write("alpha", [replace(TRACE, id="tr-2")], nothing, 5.0)
-    with engine.connect() as c:
-        assert read_counters(c, LOST) == {LOST: {"alpha": 2}}
+    await writer.write("alpha", [TRACE, replace(TRACE, id="tr-1")], nothing, 5.0)
+    await until(lambda: counters(engine) == {LOST: {"alpha": 2}, LATE: {"alpha": 1}})
+    assert told == {LOST: 2, LATE: 1}
 
 
 @pytest.mark.law(5)
-async def test_what_went_unrecorded_is_counted_in_the_store_with_the_next_trace(
-    store: GroupCommit, engine: Engine, told: Told
+async def test_what_was_counted_while_the_store_was_away_is_in_it_as_soon_as_it_answers_without_any_trace(
+    store: GroupCommit, database: Path, engine: Engine, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = TraceWriter(store, None, told)
-    writer.count(UNRECORDED, "alpha", 2)
-    assert told == {UNRECORDED: 2}
-    assert await writer.write("alpha", [TRACE], nothing, 5.0)
-    assert await writer.write("alpha", [replace(TRACE, id="tr-1")], nothing, 5.0)
+    monkeypatch.setattr(writing, "_COUNT_AGAIN", 0.02)
+    writer = TraceWriter(store, Quota(None), told)
+    with engine.begin() as c:
+        c.exec_driver_sql("ALTER TABLE counters RENAME TO gone")
+    for _ in range(3):
+        writer.count(UNRECORDED, "alpha", 2)
+        await asyncio.sleep(0.03)
+    assert told == {UNRECORDED: 6}
+    with engine.begin() as c:
+        c.exec_driver_sql("ALTER TABLE gone RENAME TO counters")
+    await until(lambda: counters(engine) == {UNRECORDED: {"alpha": 6}})
+    assert stored(database) == []
+
+
+@pytest.mark.law(5)
+async def test_a_process_that_ends_tries_what_waits_once_more_and_tells_the_store_what_it_counted(
+    store: GroupCommit, database: Path, engine: Engine, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_RETRY_DELAYS", (600.0,))
+    monkeypatch.setattr(writing, "_COUNT_AGAIN", 600.0)
+    writer = TraceWriter(store, Quota(None), told)
+    hold = Hold(database)
     with engine.connect() as c:
-        assert read_counters(c, UNRECORDED) == {UNRECORDED: {"alpha": 2}}
+        c.exec_driver_sql("PRAGMA busy_timeout=10")  # of the one connection that there is: the pool's
+    late = await writer.write("alpha", [TRACE], nothing, 0.05)
+    await until(lambda: bool(writer._waiting))
+    hold.release()
+    assert late is Written.LATE
+    assert stored(database) == []
+    assert writer.close(10)
+    assert stored(database) == ["tr-0"]
+    assert counters(engine) == {LATE: {"alpha": 1}}
+
+
+@pytest.mark.law(5)
+async def test_counts_that_no_store_took_are_in_the_log(
+    store: GroupCommit, engine: Engine, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = TraceWriter(store, Quota(None), told)
+    with engine.begin() as c:
+        c.exec_driver_sql("ALTER TABLE counters RENAME TO gone")
+    writer.count(UNRECORDED, "alpha", 2)
+    assert writer.close(10)
+    assert "did not take what was counted: {'requests_unrecorded of alpha': 2}" in caplog.text
 
 
 @pytest.mark.law(5)
 async def test_over_its_quota_the_store_takes_no_more_and_says_so(
     store: GroupCommit, database: Path, told: Told, engine: Engine
 ) -> None:
-    writer = TraceWriter(store, 1, told)
-    assert await writer.write("alpha", [TRACE], nothing, 5.0)
+    writer = TraceWriter(store, Quota(1), told)
+    assert await writer.write("alpha", [TRACE], nothing, 5.0) is Written.OVER_QUOTA
     assert stored(database) == []
-    with engine.connect() as c:
-        assert read_counters(c, "traces_over_quota") == {"traces_over_quota": {"alpha": 1}}
+    assert counters(engine) == {OVER_QUOTA: {"alpha": 1}}
+    assert told == {OVER_QUOTA: 1}
 
 
-def test_jobs_that_wait_together_share_a_transaction(store: GroupCommit, database: Path) -> None:
+def test_traces_of_one_transaction_do_not_pass_the_quota_together(store: GroupCommit, engine: Engine) -> None:
+    rows = [encode_trace(replace(TRACE, id=f"tr-{n}")) for n in range(3)]
+    quota = Quota(2 * rows[0]["size"])
     gate = threading.Event()
-    first = store.submit(lambda _: gate.wait(5))
-    commits: list[int] = []
-    later = [store.submit(lambda c: commits.append(id(c.get_transaction()))) for _ in range(20)]
+    store.submit(lambda _: None, prepare=gate.wait)
+    futures = [
+        store.submit(lambda c, row=row: quota.insert(c, [row]), counts=lambda report: report.counts)  # type: ignore[misc]
+        for row in rows
+    ]
     gate.set()
-    assert first.result(5)
-    for future in later:
-        future.result(5)
-    assert len(set(commits)) == 1
-
-
-def test_a_job_that_fails_takes_no_other_with_it(store: GroupCommit, engine: Engine) -> None:
-    gate = threading.Event()
-    store.submit(lambda _: gate.wait(5))
-
-    def half(c: sa.Connection) -> None:
-        add_agent(c, "half")
-        raise ValueError("after the write")
-
-    before = store.submit(lambda c: add_agent(c, "before"))
-    failed = store.submit(half)
-    after = store.submit(lambda c: add_agent(c, "after"))
-    gate.set()
-    before.result(5)
-    after.result(5)
-    with pytest.raises(ValueError, match="after the write"):
-        failed.result(5)
+    assert [len(future.result(5).stored) for future in futures] == [1, 1, 0]
     with engine.connect() as c:
-        assert set(c.scalars(sa.select(schema.agents.c.name))) == {"before", "after"}
+        assert stored_bytes(c) == 2 * rows[0]["size"]
 
 
-def test_a_store_in_trouble_is_told_as_our_own_error(store: GroupCommit, engine: Engine) -> None:
-    with pytest.raises(StoreError):
-        store.submit(lambda c: c.exec_driver_sql("SELECT * FROM nowhere")).result(5)
-
-
-def test_slow_preparation_holds_no_lock(store: GroupCommit, engine: Engine) -> None:
-    gate, reached = threading.Event(), threading.Event()
-
-    def prepare() -> None:
-        reached.set()
-        gate.wait(5)
-
-    slow = store.submit(lambda c: add_agent(c, "slow"), prepare)
-    assert reached.wait(5)
+def test_a_store_is_full_from_the_first_trace_that_does_not_fit_until_one_is_deleted(engine: Engine) -> None:
+    rows = [encode_trace(replace(TRACE, id=f"tr-{n}")) for n in range(2)]
+    quota = Quota(int(1.5 * rows[0]["size"]))
+    full = []
+    for row in rows:
+        with engine.begin() as c:
+            count_all(c, quota.insert(c, [row]).counts)
+        with engine.begin() as c:
+            full.append(quota.is_full(c))
+    assert full == [False, True]
+    delete_all(engine, TraceFilter(id="tr-0"))
     with engine.begin() as c:
-        add_agent(c, "quick")
-    gate.set()
-    assert slow.result(5).name == "slow"
+        assert not quota.is_full(c)
 
 
-def test_a_job_that_was_cancelled_in_time_is_never_run(store: GroupCommit) -> None:
-    gate = threading.Event()
-    store.submit(lambda _: gate.wait(5))
-    ran: list[bool] = []
-    unwanted = store.submit(lambda _: ran.append(True))
-    assert unwanted.cancel()
-    gate.set()
-    store.submit(lambda _: None).result(5)
-    assert not ran
+def counters(engine: Engine) -> dict[str, dict[str, int]]:
+    """What the store counts, but for its own size."""
+    with engine.connect() as c:
+        return {name: labels for name, labels in read_counters(c).items() if name != STORED_BYTES}
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -263,24 +273,3 @@ async def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
-
-
-def test_a_result_that_was_rolled_back_is_given_up(store: GroupCommit, engine: Engine) -> None:
-    taken: list[str] = []
-    given_up: list[str] = []
-
-    def take(c: sa.Connection) -> str:
-        taken.append(f"ticket {len(taken)}")
-        return taken[-1]
-
-    def fail(_: sa.Connection) -> None:
-        raise ValueError("no")
-
-    gate = threading.Event()
-    store.submit(lambda _: gate.wait(5))
-    kept = store.submit(take, discard=given_up.append)
-    failed = store.submit(fail)
-    gate.set()
-    assert isinstance(failed.exception(10), ValueError)
-    assert kept.result(10) == "ticket 1"
-    assert given_up == ["ticket 0"]

@@ -30,6 +30,8 @@ from metaclaw_plugin.store.counters import read_counters
 from metaclaw_plugin.store.engine import open_store
 
 KEY = KeyFacts(ours=True, metadata={CLAIM: {"key": "k", "agents": ["alpha", "beta"]}})
+# What a vLLM would take from the model's generation_config.json, if nobody said otherwise.
+PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 INTERNAL = KeyFacts(ours=True, metadata={CLAIM: {"internal": True}})
 
 
@@ -189,11 +191,12 @@ async def test_what_is_not_to_be_kept_is_routed_and_nothing_more(gateway: Gatewa
 @pytest.mark.parametrize(
     ("agent", "asked", "added"),
     [
-        ("alpha", {}, {"temperature": 1.0, "top_p": 1.0, "logprobs": True}),
-        ("alpha", {"temperature": 0.0, "top_p": 0.5}, {"logprobs": True}),
+        ("alpha", {}, {"temperature": 1.0, "top_p": 1.0, **PLAIN, "logprobs": True}),
+        ("alpha", {"temperature": 0.0, "top_p": 0.5}, {**PLAIN, "logprobs": True}),
+        ("alpha", {"temperature": 1, "extra_body": {"top_p": 1, **PLAIN, "top_k": 5}}, {"logprobs": True}),
         ("beta", {}, {"logprobs": True}),
-        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3}, {}),
-        ("alpha", {"temperature": 1, "top_p": 1, "top_logprobs": 3, "logprobs": True}, {}),
+        ("alpha", {"temperature": 1, "top_p": 1, **PLAIN, "top_logprobs": 3}, {}),
+        ("alpha", {"temperature": 1, "top_p": 1, **PLAIN, "top_k": 7, "top_logprobs": 3, "logprobs": True}, {}),
     ],
 )
 async def test_an_attempt_asks_for_what_capture_needs_and_for_defaults(
@@ -316,33 +319,3 @@ async def test_a_404_that_did_not_pass_the_tap_is_reported(
 
     await Answer(current, gateway, send).take({"type": "http.response.start", "status": status, "headers": []})
     assert [r.getMessage() for r in caplog.records if "404" in r.getMessage()] == said
-
-
-@pytest.mark.law(5)
-async def test_an_answer_that_makes_no_trace_reaches_the_client_and_is_counted(
-    gateway: Gateway, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def odd(*_: object) -> None:
-        raise TypeError("secret words of somebody")
-
-    monkeypatch.setattr("metaclaw_plugin.gateway.keeping.traces_of", odd)
-    current, data = request()
-    await gateway.prepare(current, KEY, data, listed=False)
-    gateway.attempt(current, {"model": "m"})
-    assert current.recording is not None
-    current.recording.status = 200
-    current.recording.end()
-    sent: list[str] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message["type"])
-
-    answer = Answer(current, gateway, send)
-    await answer.take({"type": "http.response.start", "status": 200, "headers": []})
-    await answer.take({"type": "http.response.body", "body": b"{}"})
-    gateway.close_request(current)
-    assert sent == ["http.response.start", "http.response.body"]
-    [said] = [record.getMessage() for record in caplog.records if "makes no trace" in record.getMessage()]
-    assert said == "an answer to alpha makes no trace: TypeError in odd"
-    assert gateway.close(10)
-    assert 'name="traces_lost"} 1.0' in gateway.metrics.render().decode()
