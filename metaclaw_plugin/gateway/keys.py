@@ -82,6 +82,14 @@ class KeyCache:
         return identity
 
 
+_caches: dict[int, KeyCache] = {}
+
+
+def key_cache(engine: Engine) -> KeyCache:
+    """The one of this process for ``engine``. It lives here, since LiteLLM may execute ``auth`` a second time."""
+    return _caches.setdefault(id(engine), KeyCache(engine))
+
+
 class VirtualKeyCache:
     """Whom LiteLLM's virtual keys act for, as the store said a moment ago."""
 

@@ -96,14 +96,14 @@ def test_an_agents_key_opens_models_and_our_routes_and_no_other(
 ) -> None:
     wrong = []
     for method, path in routes:
-        if among(PUBLIC + KEY_ELSEWHERE, method, path) or is_open(filled(path)):
+        if among(PUBLIC + KEY_ELSEWHERE, method, path) or is_open(method, filled(path)):
             continue
         answer = ask(client, house, "own", method, filled(path))
         tried("routes of the gateway that are closed to agents")
         if answer.status_code != 403:
             wrong.append((method, path, answer.status_code, answer.text[:80]))
     assert not wrong, "\n".join(map(str, wrong))
-    opened = {filled(path) for _, path in routes if is_open(filled(path))}
+    opened = {filled(path) for method, path in routes if is_open(method, filled(path))}
     assert {"/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/models"} <= opened
     assert not any(path.startswith(("/key", "/config", "/model/", "/vllm", "/user", "/credentials")) for path in opened)
 
