@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -19,13 +20,18 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from metaclaw_plugin.errors import (
+    AdapterFilesError,
+    ExportError,
     ForbiddenAgentError,
     MetaclawError,
+    StoreError,
     TrainerRefusedError,
+    TrainerUnavailableError,
     TrainingNotStartedError,
     UnknownAgentError,
     UnknownSessionError,
@@ -42,6 +48,8 @@ from metaclaw_plugin.store.export import list_summaries, stored_json
 from metaclaw_plugin.store.sessions import close_session, find_session
 from metaclaw_plugin.store.traces import TraceFilter, find_trace, get_stored
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Work = Callable[[Connection, Identity], T]
 Ask = Callable[[Any, Work[Any]], Coroutine[Any, Any, Any]]
@@ -55,7 +63,12 @@ _STATUS = {
     VersionStateError: 409,
     TrainingNotStartedError: 409,
     TrainerRefusedError: 409,
+    StoreError: 503,
+    TrainerUnavailableError: 503,
+    AdapterFilesError: 503,
+    ExportError: 503,
 }
+_STORE_IS_AWAY = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
 class Feedback(BaseModel):
@@ -119,10 +132,14 @@ class _OwnRoute(APIRoute):
             except HTTPException as error:
                 return _error(error.status_code, str(error.detail))
             except MetaclawError as error:
-                status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
-                return _error(status, str(error))
-            except SQLAlchemyError:
+                for kind, status in _STATUS.items():
+                    if isinstance(error, kind):
+                        return _error(status, str(error))
+                return _own_fault(request)
+            except _STORE_IS_AWAY:
                 return _error(503, "the store does not answer; try again")
+            except SQLAlchemyError:
+                return _own_fault(request)
 
         return handle
 
@@ -298,6 +315,12 @@ def _own(identity: Identity, agent: str | None) -> str:
     if not identity.agents:
         raise UnknownAgentError("this key has no agent")
     return agent or identity.agents[0]
+
+
+def _own_fault(request: Request) -> JSONResponse:
+    """What nobody foresaw, told from what is only away for a while: it is to be mended, not to be tried again."""
+    logger.exception("%s %s failed", request.method, request.scope["path"][:200])
+    return _error(500, "the gateway failed over this request, by a fault of its own; its log says how")
 
 
 def _error(status: int, message: str) -> JSONResponse:
