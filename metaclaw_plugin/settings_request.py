@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from metaclaw_plugin.settings_section import Section, resolve_secret
 
@@ -18,6 +18,15 @@ class GatewaySettings(Section):
     workers: int = Field(1, ge=1, le=64, description="Gateway processes.")
     commit_timeout: float = Field(2.0, gt=0, description="Seconds that an answer's last byte waits for its trace.")
     max_body_bytes: int = Field(32_000_000, ge=1024, description="Longest request body; beyond it, 413.")
+    body_timeout: float = Field(
+        60.0, gt=0, description="Seconds that a request body may take to arrive; beyond it, 408."
+    )
+    max_arriving_bytes: int = Field(
+        256_000_000,
+        ge=1024,
+        description="Most bytes that bodies of a gateway process may hold while they arrive, together; beyond it, 503. "
+        "Those without a known key have an eighth of it.",
+    )
     max_messages: int = Field(4000, ge=1, description="Most messages in one request; beyond it, 413.")
     max_tools: int = Field(1000, ge=1, description="Most tools in one request; beyond it, 413.")
     upstream_key_header: str | None = Field(
@@ -39,6 +48,15 @@ class GatewaySettings(Section):
     @classmethod
     def _from_environment(cls, value: str | None) -> str | None:
         return resolve_secret(value)
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> GatewaySettings:
+        if self.max_arriving_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_arriving_bytes ({self.max_arriving_bytes}) is less than max_body_bytes ({self.max_body_bytes}), "
+                "so that the longest body would never be taken: raise the one, or lower the other"
+            )
+        return self
 
 
 class StoreSettings(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,12 +55,12 @@ class Answer:
         else:
             await self._send(message)
 
-    async def refuse(self, status: int, complaint: str) -> None:
-        """Answer with an error of ours."""
+    async def refuse(self, status: int, complaint: str, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer with an error of ours; ``more``: headers of it."""
         self.started = True
         body = json.dumps(error_body(self._current.dialect, status, complaint)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
         await self._send({"type": "http.response.body", "body": body})
 
     def end(self) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 Dialect = Literal["chat", "messages", "responses"]
 Message = dict[str, Any]
 
+# Those of LiteLLM's own routes alone: what else begins with /openai is passed on to OpenAI with the owner's key.
 _PATHS: tuple[tuple[re.Pattern[str], Dialect], ...] = (
-    (re.compile(r"(/openai)?(/v1)?/chat/completions|/(engines|openai/deployments)/.+/chat/completions"), "chat"),
+    (re.compile(r"(/v1)?/chat/completions|/(engines|openai/deployments)/.+/chat/completions"), "chat"),
     (re.compile(r"/v1/messages"), "messages"),
-    (re.compile(r"(/openai)?(/v1)?/responses"), "responses"),
+    (re.compile(r"(/openai/v1|/v1)?/responses"), "responses"),
 )
 CALL_TYPES: Mapping[str, Dialect] = {
     "acompletion": "chat",
@@ -22,6 +23,15 @@ CALL_TYPES: Mapping[str, Dialect] = {
     "aresponses": "responses",
     "responses": "responses",
 }
+_ANTHROPICS_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+_OPENAIS_KINDS = {401: "authentication_error", 403: "permission_error", 503: "server_error"}
 
 
 def dialect_of(path: str) -> Dialect | None:
@@ -63,13 +73,12 @@ def put_messages(dialect: Dialect, data: dict[str, Any], before: Sequence[Messag
 def error_body(dialect: Dialect, status: int, message: str) -> dict[str, Any]:
     """An error as the caller's dialect has it."""
     if dialect == "messages":
-        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
-        return {"type": "error", "error": {"type": kind.get(status, "invalid_request_error"), "message": message}}
-    kind = {401: "authentication_error", 403: "permission_error"}
+        kind = _ANTHROPICS_KINDS.get(status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
     return {
         "error": {
             "message": message,
-            "type": kind.get(status, "invalid_request_error"),
+            "type": _OPENAIS_KINDS.get(status, "invalid_request_error"),
             "param": None,
             "code": str(status),
         }

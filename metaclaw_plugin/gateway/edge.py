@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
-from starlette.exceptions import HTTPException
+from collections.abc import Awaitable, Callable
 
 from metaclaw_plugin.gateway.answer import Answer
+from metaclaw_plugin.gateway.bodies import REFUSED, Bodies, Body, Message, Receive, Refusal, Standing
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
 from metaclaw_plugin.gateway.dialects import dialect_of
-from metaclaw_plugin.gateway.reach import is_open
+from metaclaw_plugin.gateway.reach import is_open, is_opened
 from metaclaw_plugin.gateway.request import Gateway
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-_OTHER_JSON = frozenset(bytes([first]) for first in b'["-0123456789tfn')  # first bytes of JSON values but objects
-
 
 class Edge:
-    """ASGI middleware around the whole of LiteLLM."""
+    """ASGI middleware around the whole of LiteLLM; ``standing`` says of a request's scope what its key is worth."""
 
-    def __init__(self, app: App, gateway: Gateway) -> None:
+    def __init__(self, app: App, gateway: Gateway, standing: Callable[[Message], Awaitable[Standing]]) -> None:
         self._app = app
         self._gateway = gateway
+        self._standing = standing
+        self._bodies = Bodies(gateway.settings.gateway)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        dialect = dialect_of(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if dialect is None:
-            await self._pass(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        elif scope["type"] == "websocket" and not self._opened(scope):
+            await _refuse_websocket(receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        posted = scope["method"] == "POST"
+        dialect = dialect_of(scope["path"]) if posted else None
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        current = CurrentRequest(dialect, headers)
-        scope = self._take_credentials(scope, current)
+        current = CurrentRequest(dialect or "chat", headers)
+        if dialect is not None:
+            scope = self._take_credentials(scope, current)
         answer = Answer(current, self._gateway, send)
-        body = _Body(receive, headers, self._gateway.settings.gateway.max_body_bytes)
-        if (refusal := await body.read()) is not None:
+        asks_model = posted and is_open("POST", scope["path"])
+        body = Body(receive, headers, self._bodies)
+        refusal = await body.read(lambda: self._standing(scope), wants_key=asks_model)
+        if refusal is None and asks_model and body.is_no_object():
+            refusal = Refusal(400, "the request body must be a JSON object")
+        if refusal is not None:
             await answer.refuse(*refusal)
+            return
+        if body.unread:
+            scope = {**scope, REFUSED: True}
+        if dialect is None:
+            await self._app(scope, body.receive, send)
             return
         self._gateway.open_request()
         token = CURRENT.set(current)
@@ -50,36 +62,8 @@ class Edge:
             answer.end()
             self._gateway.close_request(current)
 
-    async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
-        """What asks for no answer of a model: LiteLLM reads its body, and no more of it than is allowed."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit = self._gateway.settings.gateway.max_body_bytes
-        refuse = Answer(CurrentRequest("chat", {}), self._gateway, send).refuse
-        if scope["method"] == "POST" and is_open(scope["path"]):
-            headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-            body = _Body(receive, headers, limit)
-            if (refusal := await body.read()) is not None:
-                await refuse(*refusal)
-                return
-            await self._app(scope, body.receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            await refuse(*_too_long(limit))
-            return
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > limit:
-                raise HTTPException(*_too_long(limit))
-            return message
-
-        await self._app(scope, counted, send)
+    def _opened(self, scope: Message) -> bool:
+        return is_opened(scope["path"], self._gateway.settings.gateway.open_routes)
 
     def _take_credentials(self, scope: Message, current: CurrentRequest) -> Message:
         """Take the caller's own upstream key off the request, so that LiteLLM never sees, logs or stores it."""
@@ -91,41 +75,7 @@ class Edge:
         return {**scope, "headers": [(key, value) for key, value in scope["headers"] if key.lower() != raw]}
 
 
-class _Body:
-    """A request's body, read whole before LiteLLM sees any of it, as LiteLLM itself would before it does anything."""
-
-    def __init__(self, receive: Receive, headers: dict[str, str], limit: int) -> None:
-        self._receive = receive
-        self._headers = headers
-        self._limit = limit
-        self._ready: list[Message] = []  # what the application has yet to be given
-
-    async def read(self) -> tuple[int, str] | None:
-        """Status and complaint if the body cannot be taken."""
-        length = self._headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._limit:
-            return _too_long(self._limit)
-        parts, size, more = [], 0, True
-        while more:
-            message = await self._receive()
-            if message["type"] != "http.request":  # the client has left
-                self._ready = [message]
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            more = message.get("more_body", False)
-            if size > self._limit:
-                return _too_long(self._limit)
-        body = b"".join(parts)
-        self._ready = [{"type": "http.request", "body": body, "more_body": False}]
-        # LiteLLM takes any JSON value for an object, and fails over it with a bare 500.
-        if "form" not in self._headers.get("content-type", "") and body.lstrip()[:1] in _OTHER_JSON:
-            return 400, "the request body must be a JSON object"
-        return None
-
-    async def receive(self) -> Message:
-        return self._ready.pop() if self._ready else await self._receive()
-
-
-def _too_long(limit: int) -> tuple[int, str]:
-    return 413, f"the request body is longer than {limit} bytes; send less, or raise metaclaw.gateway.max_body_bytes"
+async def _refuse_websocket(receive: Receive, send: Send) -> None:
+    """Close it before it is accepted, which its client sees as 403: what its frames ask for passes no hook of ours."""
+    await receive()  # websocket.connect
+    await send({"type": "websocket.close", "code": 1008, "reason": "no WebSocket is open here"})

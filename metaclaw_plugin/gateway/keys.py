@@ -97,6 +97,16 @@ class KeyCache:
         return identity
 
 
+_caches: dict[int, KeyCache] = {}
+
+
+def key_cache(engine: Engine, patience: float) -> KeyCache:
+    """The one of this process for ``engine``. It lives here, since LiteLLM may execute ``auth`` a second time."""
+    if id(engine) not in _caches:
+        _caches[id(engine)] = KeyCache(engine, patience)
+    return _caches[id(engine)]
+
+
 class VirtualKeyCache:
     """Whom LiteLLM's virtual keys act for, as the store said a moment ago."""
 

@@ -15,12 +15,13 @@ from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
 from metaclaw_plugin.errors import ForbiddenAgentError, MetaclawError, UnknownAgentError
 from metaclaw_plugin.gateway import routes
+from metaclaw_plugin.gateway.auth import standing
 from metaclaw_plugin.gateway.current import CURRENT, CurrentRequest
 from metaclaw_plugin.gateway.dialects import CALL_TYPES
 from metaclaw_plugin.gateway.edge import Edge
 from metaclaw_plugin.gateway.identity import CLAIM, MODEL_PREFIX, KeyFacts
 from metaclaw_plugin.gateway.limits import too_many
-from metaclaw_plugin.gateway.reach import forbidden_model
+from metaclaw_plugin.gateway.reach import forbidden_model, names_adapter
 from metaclaw_plugin.gateway.routing import BASE_MODEL_NAME
 from metaclaw_plugin.gateway.runtime import process_gateway
 from metaclaw_plugin.gateway.upstream import ask_for_usage, give_price, is_listed, tapped_client
@@ -38,7 +39,7 @@ def install() -> None:
     if app.middleware_stack is None:
         app.middleware_stack = app.build_middleware_stack()
     if not isinstance(app.middleware_stack, Edge):
-        app.middleware_stack = Edge(app.middleware_stack, process_gateway())
+        app.middleware_stack = Edge(app.middleware_stack, process_gateway(), standing)
         routes.mount(app)
         app.add_api_route("/metaclaw/metrics", metrics, methods=["GET"], tags=["metaclaw"])
         # What LiteLLM has loaded by now stays: without this, the collector goes through all of it every so often, and
@@ -55,7 +56,7 @@ async def metrics(auth: Any = Depends(user_api_key_auth)) -> Response:
     """
     claim = KeyFacts.of(auth)
     internal = claim.ours and claim.metadata.get(CLAIM, {}).get("internal") is True
-    if not internal and getattr(auth, "user_role", None) != LitellmUserRoles.PROXY_ADMIN:
+    if not internal and not _is_admin(auth):
         raise HTTPException(403, "metrics are for LiteLLM's admins, and for the key in METACLAW_HOME/internal.key")
     page = await asyncio.to_thread(process_gateway().metrics.render)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -71,13 +72,16 @@ async def before_routing(auth: Any, data: dict[str, Any], call_type: str) -> dic
     routed = current is not None and CALL_TYPES.get(call_type) == current.dialect
     if complaint := forbidden_model(data, request_fallback_model_names(data), routed):
         raise HTTPException(403, complaint)
+    model = data.get("model")
+    listed = isinstance(model, str) and is_listed(model)
+    if call_type == "moderation" and not listed and not _is_admin(auth):
+        # LiteLLM would ask OpenAI itself, with the key of the owner's environment.
+        raise HTTPException(403, f"no deployment of this gateway is called {str(model)[:80]!r}: see /v1/models")
     if current is None or not routed or current.plan is not None:
         return data
     gateway = process_gateway()
     if complaint := too_many(data, gateway.settings.gateway):
         raise HTTPException(413, complaint)
-    model = data.get("model")
-    listed = isinstance(model, str) and is_listed(model)
     current.named = model if listed else None
     try:
         await gateway.prepare(current, KeyFacts.of(auth), data, listed)
@@ -103,7 +107,7 @@ def before_attempt(call: dict[str, Any], call_type: Any) -> dict[str, Any] | Non
     """
     current = CURRENT.get()
     groups = _groups(call)
-    _refuse_unrouted(groups, current)
+    _refuse_unrouted(call, groups, current)
     if current is None:
         return None
     # A fallback is another group: the caller gave no key for it.
@@ -121,15 +125,19 @@ def _groups(call: dict[str, Any]) -> set[str]:
     return {group for group in groups if isinstance(group, str)}
 
 
-def _refuse_unrouted(groups: set[str], current: CurrentRequest | None) -> None:
+def _refuse_unrouted(call: dict[str, Any], groups: set[str], current: CurrentRequest | None) -> None:
     """The last wall before vLLM: some routes of LiteLLM reach a deployment without asking any hook before (law 4)."""
-    for group in groups:
-        if not group.startswith(MODEL_PREFIX):
+    planned = current is not None and current.plan is not None and current.plan.on_own_model
+    for asked in groups or {str(call.get("model"))}:
+        if not names_adapter(asked):
             continue
-        base = group == MODEL_PREFIX + BASE_MODEL_NAME  # nobody's, so that an owner may name it as a fallback
-        routed = current is not None and (base or (current.plan is not None and current.plan.on_own_model))
-        if not routed:
-            raise HTTPException(403, f"no request may choose {group[:80]!r} past its agent")
+        base = asked == MODEL_PREFIX + BASE_MODEL_NAME  # nobody's, so that an owner may name it as a fallback
+        if not asked.startswith(MODEL_PREFIX) or not (planned or (base and current is not None)):
+            raise HTTPException(403, f"no request may choose {asked[:80]!r} past its agent")
+
+
+def _is_admin(auth: Any) -> bool:
+    return bool(getattr(auth, "user_role", None) == LitellmUserRoles.PROXY_ADMIN)
 
 
 def with_answer(response: Any) -> None:

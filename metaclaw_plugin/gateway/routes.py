@@ -14,28 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.exceptions import HTTPException
 
-from metaclaw_plugin.errors import (
-    ForbiddenAgentError,
-    MetaclawError,
-    TrainerRefusedError,
-    TrainingNotStartedError,
-    UnknownAgentError,
-    UnknownSessionError,
-    UnknownTraceError,
-    UnknownVersionError,
-    VersionStateError,
-)
+from metaclaw_plugin.errors import ForbiddenAgentError, UnknownAgentError
 from metaclaw_plugin.gateway.adapter_routes import add_adapter_routes
 from metaclaw_plugin.gateway.asking import Asking
-from metaclaw_plugin.gateway.dialects import error_body
 from metaclaw_plugin.gateway.identity import (
     Identity,
     KeyFacts,
@@ -45,6 +30,7 @@ from metaclaw_plugin.gateway.identity import (
     own_identity,
     own_models,
 )
+from metaclaw_plugin.gateway.own_route import OwnRoute
 from metaclaw_plugin.gateway.process import GatewayProcess, this_process
 from metaclaw_plugin.store import overview, schema
 from metaclaw_plugin.store.export import list_summaries, stored_json
@@ -55,17 +41,6 @@ T = TypeVar("T")
 Work = Callable[[Connection, Identity], T]
 Ask = Callable[[Any, Work[Any]], Coroutine[Any, Any, Any]]
 _PATIENCE = 30.0  # seconds that a caller waits for the store
-
-_STATUS = {
-    ForbiddenAgentError: 403,
-    UnknownAgentError: 404,
-    UnknownSessionError: 404,
-    UnknownTraceError: 404,
-    UnknownVersionError: 404,
-    VersionStateError: 409,
-    TrainingNotStartedError: 409,
-    TrainerRefusedError: 409,
-}
 
 
 class Feedback(BaseModel):
@@ -121,33 +96,9 @@ class _Caller:
     headers: Mapping[str, str]
 
 
-class _OwnRoute(APIRoute):
-    """Turns our errors and FastAPI's into the error body that clients of the gateway know."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        inner = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await inner(request)
-            except RequestValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
-                return _error(400, f"{where}: {first['msg']}")
-            except HTTPException as error:
-                return _error(error.status_code, str(error.detail))
-            except MetaclawError as error:
-                status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
-                return _error(status, str(error))
-            except (SQLAlchemyError, TimeoutError):
-                return _error(503, "the store does not answer; try again")
-
-        return handle
-
-
 def create_router(authenticate: Callable[..., Any], process: Callable[[], GatewayProcess] = this_process) -> APIRouter:
     """The routes under ``/metaclaw/v1``; ``authenticate`` is the dependency that yields a ``UserAPIKeyAuth``."""
-    router = APIRouter(prefix="/metaclaw/v1", tags=["metaclaw"], route_class=_OwnRoute)
+    router = APIRouter(prefix="/metaclaw/v1", tags=["metaclaw"], route_class=OwnRoute)
     asking = Asking("own routes")
 
     async def who(request: Request, auth: Any = Depends(authenticate)) -> _Caller:
@@ -321,7 +272,3 @@ def _own(identity: Identity, agent: str | None) -> str:
     if not identity.agents:
         raise UnknownAgentError("this key has no agent")
     return agent or identity.agents[0]
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse(error_body("chat", status, message), status_code=status)

@@ -12,10 +12,11 @@ import sqlalchemy as sa
 from fastapi import FastAPI, Header
 from sqlalchemy.engine import Engine
 
+from metaclaw_plugin.errors import SkillError, StoreError
 from metaclaw_plugin.gateway.process import GatewayProcess
 from metaclaw_plugin.gateway.routes import create_router
 from metaclaw_plugin.settings import Settings
-from metaclaw_plugin.store import agents, schema
+from metaclaw_plugin.store import agents, overview, schema
 from metaclaw_plugin.store.sessions import Evidence
 from metaclaw_plugin.store.traces import insert_traces, load_session
 from tests.store_cases import a_trace, opened
@@ -215,4 +216,27 @@ async def test_law_9_a_store_that_fails_is_503_without_its_details(store: Engine
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway/metaclaw/v1") as client:
         reply = await client.get("/status", headers=ALPHA)
     assert reply.status_code == 503
+    assert "secret" not in reply.text
+
+
+@pytest.mark.law(9)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StoreError("the store is busy"), 503),
+        (sa.exc.OperationalError("select secret", {}, Exception("database is locked")), 503),
+        (SkillError("what no route foresees, and names secret"), 500),
+        (sa.exc.IntegrityError("insert secret", {}, Exception("not unique")), 500),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_law_9_a_fault_of_our_own_is_not_told_as_a_store_that_is_away(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(overview, "agent_overview", fail)
+    reply = await client.get("/status", headers=ALPHA)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, str(status))
     assert "secret" not in reply.text

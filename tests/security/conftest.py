@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches it from the internet when imported
 
@@ -23,6 +24,20 @@ def house(tiny_model: Path, free_port: Callable[[], int], tmp_path_factory: pyte
         with running_house(tmp_path_factory.mktemp("house"), tiny_model, free_port, upstream) as running:
             yield running
             assert running.dead() == [], "a process died while it was attacked"
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[FastAPI]:
+    """LiteLLM's application with all that it loads when it is first asked for."""
+    from litellm.proxy import proxy_server
+    from litellm.proxy._lazy_features import register_all_features
+
+    found = proxy_server.app
+    routes, state = list(found.router.routes), dict(found.state._state)
+    register_all_features(found)
+    yield found
+    found.router.routes[:] = routes
+    found.state._state = state
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,7 +20,15 @@ from tests.security.tried import tried
 
 SEED = int(os.environ.get("METACLAW_TEST_SEED", "20261122"))
 TOTAL = 20_000 if LONG else 400  # requests of all fuzz tests together, about
-NO_FAULT = frozenset({501, 502, 503, 504})  # statuses past 500 that say what is missing, or who did not answer
+# A status past 500 is a fault, unless it is 503 and names what is away: in the error's type, or in its words.
+AWAY = (
+    "store_unavailable",
+    "the store does not answer",
+    "vllm_unavailable",
+    "vllm_refused",
+    "did not answer",
+    "could not be fetched from the trainer",
+)
 MOST_WAIT = 0.01  # seconds that a request may ask to wait for
 TIMEOUT = 60.0  # seconds; a reply that takes longer is a fault
 
@@ -52,7 +60,8 @@ class Fuzzer:
         tried(f"fuzzed requests to the {self.name}")
         self.statuses[reply.status_code] += 1
         self.session.cookies.clear()
-        broken = reply.status_code >= 500 and reply.status_code not in NO_FAULT
+        away = reply.status_code == 503 and any(words in reply.text for words in AWAY)
+        broken = reply.status_code >= 500 and not away
         broken = broken and not (self.pardon is not None and self.pardon(request, reply))
         if LONG and self.sent % 500 == 0:
             print(f"{self.name}: {self.sent:,} requests, {len(self.faults)} faults", flush=True)

@@ -64,9 +64,16 @@ def tree(house: House) -> set[str]:
 
 
 @pytest.fixture
-def unmoved(house: House, bait: str) -> Iterator[Callable[[httpx.Response], None]]:
-    """Checks replies; afterwards no file has come or gone."""
+def same_files(house: House, bait: str) -> Iterator[None]:
+    """Afterwards no file has come or gone."""
     before = tree(house)
+    yield
+    assert tree(house) == before
+
+
+@pytest.fixture
+def unmoved(same_files: None, bait: str) -> Callable[[httpx.Response], None]:
+    """Checks replies; afterwards no file has come or gone."""
 
     def check(answer: httpx.Response) -> None:
         tried("names with path tricks")
@@ -76,8 +83,7 @@ def unmoved(house: House, bait: str) -> Iterator[Callable[[httpx.Response], None
         assert "root:x:0" not in answer.text
         assert "Traceback" not in answer.text
 
-    yield check
-    assert tree(house) == before
+    return check
 
 
 @pytest.mark.parametrize("trick", SENT)
@@ -107,6 +113,44 @@ def test_no_name_in_a_request_to_the_gateway_leads_anywhere(
         unmoved(client.post("/v1/chat/completions", json=chat | {"model": f"metaclaw/{text}"}))
         if text.isascii() and text.isprintable() and text.strip() == text and text:
             unmoved(client.post("/v1/chat/completions", json=chat | {"model": "m"}, headers={"x-agent-id": text}))
+
+
+FREE_HEADERS = ("x-session-id", "x-litellm-session-id", "session_id", "x-session-affinity")
+FREE_FIELDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt_cache_key": lambda text: {"prompt_cache_key": text},
+    "metadata.session_id": lambda text: {"metadata": {"session_id": text}},
+    "previous_response_id": lambda text: {"previous_response_id": text},
+}
+
+
+@pytest.mark.parametrize("trick", SENT)
+def test_no_name_that_may_be_any_text_leads_anywhere(house: House, bait: str, same_files: None, trick: str) -> None:
+    """Names of conversations, and of what feedback is about, are the client's own: any text, and no more than that."""
+    text = TRICKS[trick]
+    said = {"model": "m", "messages": [{"role": "user", "content": "hi case:fresh"}]}
+    headers = {"authorization": f"Bearer {house.keys['own']}"}
+    paths = {"/v1/chat/completions": said, "/v1/responses": {"model": "m", "input": "hi case:fresh"}}
+    with httpx.Client(base_url=house.gateway, headers=headers, timeout=30, verify=False) as client:
+        answers = [
+            client.post(path, json=body | make(text)) for path, body in paths.items() for make in FREE_FIELDS.values()
+        ]
+        for name in FREE_HEADERS:
+            try:
+                answers.append(client.post("/v1/chat/completions", json=said, headers={name: text.encode()}))
+            except httpx.LocalProtocolError:
+                continue  # no header can hold it
+        for target in ("trace_id", "response_id"):
+            answer = client.post("/metaclaw/v1/feedback", json={target: text, "value": 0})
+            assert answer.status_code == 400 or answer.json()["trace_id"] is None
+            answers.append(answer)
+        for answer in answers:
+            tried("names with path tricks")
+            assert answer.status_code < 500, answer.text
+            assert not [told for told in (bait, "root:x:0", "Traceback") if told in answer.text]
+            if (trace := answer.headers.get("x-metaclaw-trace-id")) is not None:
+                assert client.get(f"/metaclaw/v1/traces/{trace}").json()["agent"] == "alpha"
+        sessions = {one["session"] for one in client.get("/metaclaw/v1/traces", params={"limit": 500}).json()["data"]}
+        assert text not in sessions, "a session is called what the client calls it"
 
 
 @pytest.mark.parametrize("trick", SENT)
