@@ -26,6 +26,10 @@ class Account:
     died_with: int = 0  # answers that were counted as late by processes that were killed before they could store them
 
     @property
+    def missing(self) -> int:
+        return self.traces + self.bare
+
+    @property
     def balanced(self) -> bool:
         """Whether each missing one is counted as such, and nothing is counted that is not missing.
 
@@ -38,9 +42,8 @@ class Account:
 
     def check(self, may_cost: bool, findings: Findings) -> None:
         """``may_cost``: this fault may cost records."""
-        missing = self.traces + self.bare
-        if not may_cost and missing:
-            findings.blame("lost", f"{self.name}: {missing} answers have no trace, and the store was well")
+        if not may_cost and self.missing:
+            findings.blame("lost", f"{self.name}: {self.missing} answers have no trace, and the store was well")
         elif may_cost and not self.balanced:
             findings.blame(
                 "lost",

@@ -13,9 +13,9 @@ from typing import Any
 
 import aiohttp
 
-from tests.faults.accounts import LOSSES, LOST, Account, late_of
+from tests.faults.accounts import LOSSES, Account, late_of
 from tests.faults.auditor import at_rest, audit_all, audit_vllm, check_unread, stored_ids
-from tests.faults.clients import Asked, Clients
+from tests.faults.clients import Clients
 from tests.faults.excuses import SAYING, Excuse, Failures, check_failures
 from tests.faults.findings import Findings
 from tests.faults.killer import Cost, Killer
@@ -114,34 +114,39 @@ class Siege:
         row.seconds = mended - row.began
         row.back = await self.back(mended)
         row.requests = sum(one.began <= mended for one in self.clients.asked[first:])
-        during, missing, after = await self._missing(first, before, row.cost == "records")
-        row.counted = {name: after.get(name, 0) - before.get(name, 0) for name in LOSSES}
-        killed = [pid for pid in late if pid in self.killer.ended_workers]
-        died_with = sum(late_of(self.stage.metrics_folder, [pid]) - late[pid] for pid in killed)
-        bare = [one for one in during if one.whole and not one.trace]
-        failed = sum(not one.whole for one in during)
-        account = Account(row.name, len(missing), len(bare), failed, row.counted, died_with)
-        account.check(row.cost == "records", self.findings)
-        row.missing = len(missing) + len(bare)
-        self.forgiven |= missing
-        self.unrecorded += len(bare)
-
-    async def _missing(
-        self, first: int, before: dict[str, int], patient: bool
-    ) -> tuple[list[Asked], set[str], dict[str, int]]:
-        """What was asked since, which of its traces are not stored after the retries, and the gateway's counters."""
-        deadline = time.monotonic() + (RETRIES if patient else 5.0)
+        costs = row.cost == "records"
+        deadline = mended + row.back + (RETRIES if costs else 5.0)
         while True:
-            during = self.clients.asked[first:]
-            stored = await asyncio.to_thread(stored_ids, self.stage)
-            missing = {one.trace for one in during if one.whole and one.trace and not stored[one.trace]}
-            after = await self.stage.counted()
-            settled = not missing or len(missing) <= after.get(LOST, 0) - before.get(
-                LOST, 0
-            )  # none is tried any further
-            if settled or time.monotonic() > deadline:
-                return during, missing, after
+            account, missing = await self._account(row.name, first, before, late)
+            # Of what a process that was killed may have held, it is known at the end alone who holds it no longer.
+            final = account.balanced and not (missing and account.died_with) if costs else not account.missing
+            if final or time.monotonic() > deadline:
+                break
             await asyncio.sleep(0.5)
+        account.check(costs, self.findings)
+        row.missing, row.counted = account.missing, dict(account.counted)
+        self.forgiven |= missing
+        self.unrecorded += account.bare
+
+    async def _account(
+        self, name: str, first: int, before: dict[str, int], late: dict[int, int]
+    ) -> tuple[Account, set[str]]:
+        """What was asked since and is not stored by now, against the gateway's counters; and the missing traces."""
+        during = self.clients.asked[first:]
+        whole = [one for one in during if one.whole]
+        stored = await asyncio.to_thread(stored_ids, self.stage)
+        missing = {one.trace for one in whole if one.trace and not stored[one.trace]}
+        after = await self.stage.counted()
+        killed = [pid for pid in late if pid in self.killer.ended_workers]
+        account = Account(
+            name,
+            traces=len(missing),
+            bare=sum(not one.trace for one in whole),
+            failed=len(during) - len(whole),
+            counted={loss: after.get(loss, 0) - before.get(loss, 0) for loss in LOSSES},
+            died_with=sum(late_of(self.stage.metrics_folder, [pid]) - late[pid] for pid in killed),
+        )
+        return account, missing
 
     def excuse(self, why: str, began: float, allows: Mapping[str, str]) -> None:
         """Requests may have failed in the ways ``allows`` from ``began`` until now."""
