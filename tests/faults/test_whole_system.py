@@ -41,7 +41,6 @@ def test_laws_3_4_and_5_hold_while_processes_are_killed_and_things_break(tiny_mo
     assert found["seen"]["answers compared"] > 20
     assert found["seen"]["traces trained once"] > 20
     assert found["seen"]["samples compared token by token"] > 5
-    assert found["seen"]["traces held out"] > 0
 
 
 def test_every_wire_is_broken_in_every_way() -> None:
