@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.engine import Connection, Engine
 
-from metaclaw_plugin.errors import ForbiddenAgentError, UnknownAgentError
+from metaclaw_plugin.errors import ForbiddenAgentError, UnknownAgentError, UnknownTraceError
 from metaclaw_plugin.gateway.adapter_routes import add_adapter_routes
 from metaclaw_plugin.gateway.asking import Asking
 from metaclaw_plugin.gateway.identity import (

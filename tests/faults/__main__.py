@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -97,14 +98,14 @@ def chosen_faults(text: str) -> list[Fault]:
 
 async def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Start everything, break it, let it come to rest, audit."""
-    chance = random.Random(given.seed)
+    chance, ended = random.Random(given.seed), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # before anything is started, which would be left behind
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
     began = time.monotonic()
-    async with standing(folder, model_path("tiny"), real_vllm=given.real_vllm) as stage:
+    async with standing(folder, model_path("tiny"), real_vllm=given.real_vllm, gated=True) as stage:
         started = time.monotonic() - began
         clients = Clients(stage, given.clients, given.seed, max_tokens=12 if given.real_vllm else 24)
-        siege = Siege(Killer(stage, clients, chance, asyncio.Event()))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, siege.ended.set)
+        siege = Siege(Killer(stage, clients, chance, ended))
         talking = asyncio.create_task(clients.run())
         await siege.back(time.monotonic())
         deadline = time.monotonic() + given.minutes * 60
@@ -116,8 +117,8 @@ async def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             await siege.settle(SETTLE if not siege.ended.is_set() else 60.0)
             clients.stop()
             await talking
-        excused = await siege.audit()
-        return result_of(siege, excused, seed=given.seed, started=started, seconds=time.monotonic() - began)
+        failures = await siege.audit()
+        return result_of(siege, failures, seed=given.seed, started=started, seconds=time.monotonic() - began)
 
 
 async def _break(siege: Siege, given: argparse.Namespace, chance: random.Random, deadline: float) -> None:
@@ -138,8 +139,12 @@ async def _fault_all(siege: Siege, faults: list[Fault], deadline: float) -> None
             return
         try:
             row = await siege.fault(fault.name, fault.cost, fault.work, fault.kills)
-            print(f"{row.name}: {row.seconds:.0f} s, {row.requests} requests, {row.missing} not stored", flush=True)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            print(
+                f"{row.name}: {row.seconds:.0f} s, touched {row.touched}, {row.requests} requests, "
+                f"{row.missing} not stored",
+                flush=True,
+            )
+        except (TimeoutError, aiohttp.ClientError, OSError, sqlite3.Error) as error:
             siege.findings.blame("not back", f"during {fault.name}: {error!r}")
 
 

@@ -18,6 +18,7 @@ from metaclaw_trainer.errors import TrainerError
 
 from tests.faults.findings import Findings
 from tests.faults.stage import Stage
+from tests.faults.taken import check_taken
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def check_training(
     versions: Mapping[tuple[str, int], Version],
     findings: Findings,
 ) -> None:
-    """Every trainable trace is in one sample, and was trained in one version; nothing else was."""
-    members, scores = _samples(stage, findings)
+    """Every trainable trace is in one sample, and was trained in one version; nothing else was. What was trained on is
+    what was captured."""
+    members, scores, held_out = _samples(stage, findings)
     in_samples, state = Counter(row.trace_id for row in members), {row.trace_id: row.state for row in members}
     for row in members:
         trace = traces.get(row.trace_id)
@@ -73,7 +75,8 @@ def check_training(
     for name, times in trained.items():
         if times > 1:
             findings.blame("trained twice", f"{name}: in {times} versions")
-    _check_fates(traces, in_samples, state, scores, trained, findings)
+    check_taken(stage.folder, traces, {row.id for row in members if row.state == "trained"}, findings)
+    _check_fates(traces, in_samples, state, scores, held_out, trained, findings)
 
 
 def _check_fates(
@@ -81,6 +84,7 @@ def _check_fates(
     in_samples: Counter[str],
     state: Mapping[str, str],
     scores: Mapping[str, str],
+    held_out: Mapping[str, bool],
     trained: Counter[str],
     findings: Findings,
 ) -> None:
@@ -91,6 +95,10 @@ def _check_fates(
             findings.seen["traces not trainable" if not trace.trainable else "traces without an opinion"] += 1
             if found:
                 findings.blame("mixed", f"{trace.id} is not trainable ({trace.reason}) and in a sample")
+        elif held_out[trace.id]:
+            findings.seen["traces held out"] += 1
+            if found:
+                findings.blame("mixed", f"{trace.id} is held out and in a sample")
         elif found == 1 and state[trace.id] == "set_aside":
             findings.seen["traces set aside with a reason"] += 1
         elif found == 1 and trained[trace.id] == 1:
@@ -100,8 +108,8 @@ def _check_fates(
             findings.blame("doubled" if found > 1 else "not trained", text)
 
 
-def _samples(stage: Stage, findings: Findings) -> tuple[Sequence[sa.Row[Any]], dict[str, str]]:
-    """Which trace is in which sample of which agent in which state; and trace id -> score state."""
+def _samples(stage: Stage, findings: Findings) -> tuple[Sequence[sa.Row[Any]], dict[str, str], dict[str, bool]]:
+    """Which trace is in which sample of which agent in which state; trace id -> score state, and whether held out."""
     s, of = trainer_schema.samples.c, trainer_schema.sample_traces.c
     engine = sa.create_engine(f"sqlite:///{stage.trainer_home / 'queue.db'}")
     with engine.connect() as c:
@@ -109,7 +117,9 @@ def _samples(stage: Stage, findings: Findings) -> tuple[Sequence[sa.Row[Any]], d
         findings.seen["samples"] = c.scalar(sa.select(sa.func.count()).select_from(trainer_schema.samples)) or 0
     engine.dispose()
     with sqlite3.connect(stage.store_file, timeout=20) as store:
-        return members, dict(store.execute("SELECT id, score FROM traces").fetchall())
+        scores = dict(store.execute("SELECT id, score FROM traces").fetchall())
+        query = "SELECT traces.id, sessions.held_out FROM traces JOIN sessions ON sessions.id = traces.session"
+        return members, scores, dict(store.execute(query).fetchall())
 
 
 def check_versions(
@@ -142,3 +152,22 @@ def check_leases(stage: Stage, findings: Findings) -> None:
         held = c.execute("SELECT COUNT(*) FROM traces WHERE lease_owner IS NOT NULL").fetchone()[0]
     if held:
         findings.blame("not back", f"{held} traces are still leased")
+
+
+def check_loaded(
+    loaded: Mapping[str, str], served: set[str], versions: Mapping[tuple[str, int], Version], findings: Findings
+) -> None:
+    """At rest vLLM holds what shall be served, each from its own folder, and nothing else.
+
+    ``loaded``: name -> folder.
+    """
+    findings.seen["adapters that vLLM holds"] = len(loaded)
+    for name in served - loaded.keys():
+        findings.blame("not back", f"{name} shall be served, and vLLM does not hold it")
+    for name, folder in loaded.items():
+        agent, _, number = name.partition("@v")
+        version = versions.get((agent, int(number)))
+        if name not in served:
+            findings.blame("not back", f"vLLM holds {name}, which shall not be served")
+        if version is None or Path(folder) != version.path:
+            findings.blame("mixed", f"vLLM holds {name} from {folder}; its folder is {version and version.path}")

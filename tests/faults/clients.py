@@ -16,6 +16,14 @@ TURNS = 2
 PAUSE = 0.35  # seconds between two questions of one client, about
 PATIENCE = 60.0  # seconds for an answer
 
+# How a request may fail, besides by an answer of another status than 200, which names itself.
+REFUSED = "refused"  # nobody listened
+CLOSED = "closed"  # before any byte of an answer
+CUT = "cut"  # after an answer had begun
+ERROR_EVENT = "error event"  # in a stream
+ENDED_EARLY = "ended early"  # a stream without its last event, properly closed
+TIMED_OUT = "timed out"
+
 
 @dataclass
 class Asked:
@@ -33,7 +41,8 @@ class Asked:
     trace: str = ""
     version: str = ""  # as the header says: agent@vN
     text: str = ""
-    error: str = ""
+    failure: str = ""  # how it failed: one of the kinds above, or the status
+    error: str = ""  # in words
 
     @property
     def failed(self) -> bool:
@@ -122,10 +131,10 @@ class Clients:
                 asked.version = answer.headers.get("x-metaclaw-adapter", "")
                 raw = await answer.read()
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            asked.error = f"{type(error).__name__}: {error}"
+            asked.failure, asked.error = _how(error, asked.status), f"{type(error).__name__}: {error}"
             return
         if asked.status != 200:
-            asked.error = raw[:300].decode(errors="replace")
+            asked.failure, asked.error = str(asked.status), raw[:300].decode(errors="replace")
         elif asked.stream:
             self._read_stream(asked, raw)
         else:
@@ -139,8 +148,17 @@ class Clients:
             elif line.startswith("data: "):
                 event = json.loads(line[6:])
                 if "error" in event:
-                    asked.error = str(event["error"])[:300]
+                    asked.failure, asked.error = ERROR_EVENT, str(event["error"])[:300]
                     return
                 asked.text += "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
         if not asked.whole:
-            asked.error = "the stream broke off"
+            asked.failure, asked.error = ENDED_EARLY, f"after {len(asked.text)} characters"
+
+
+def _how(error: Exception, status: int) -> str:
+    """The kind of a failure without a whole answer; ``status``: 0 before any byte of one."""
+    if isinstance(error, TimeoutError):
+        return TIMED_OUT
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return REFUSED
+    return CUT if status else CLOSED

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 SIZE_MIB = 512
 NONE_LEFT = 8192  # bytes: longest file while the disk is full, where nothing could be mounted
 
@@ -52,6 +54,23 @@ class Disk:
                     file.write(piece)
                 except OSError:
                     piece = piece[: len(piece) // 2]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more can be written: tried on the disk, or read off the processes' limits."""
+        if not self._mounted:
+            limits = [
+                resource.prlimit(pid, resource.RLIMIT_FSIZE)[0] for pid in self._limited if psutil.pid_exists(pid)
+            ]
+            return bool(limits) and all(limit == NONE_LEFT for limit in limits)
+        probe = self.folder / ".probe"
+        try:
+            probe.write_bytes(bytes(NONE_LEFT))
+        except OSError:
+            return True
+        finally:
+            probe.unlink(missing_ok=True)
+        return False
 
     def free(self) -> None:
         """Make room again."""

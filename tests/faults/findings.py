@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("lost", "doubled", "mixed", "leaked", "failed", "trained twice", "not trained", "damaged", "not back")
+KINDS = ("lost", "doubled", "mixed", "leaked", "failed", "trained twice", "not trained", "damaged", "not back", "idle")
 SHOWN = 20  # of each kind
 
 

@@ -16,6 +16,7 @@ import psutil
 
 from tests.faults import points
 from tests.faults.clients import Clients
+from tests.faults.excuses import KILLED, SAYING, SLACK, STARTING, STOPPED, UPSTREAM_AWAY, Excuse
 from tests.faults.stage import Stage
 
 GROWN = 14.0  # seconds that a worker of the gateway takes to start, about
@@ -34,7 +35,8 @@ class Killer:
     ended: asyncio.Event
     kills: Counter[str] = field(default_factory=Counter)
     at_points: Counter[str] = field(default_factory=Counter)
-    excuses: list[tuple[float, float, str]] = field(default_factory=list)  # from, to, why: requests may fail meanwhile
+    excuses: list[Excuse] = field(default_factory=list)
+    ended_workers: list[int] = field(default_factory=list)  # of the gateway, by SIGKILL
     going_on: Cost | Literal["no kills"] | None = None  # what the fault that goes on may cost; or it wants no kills
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an order is carried out
     watching: set[asyncio.Task[None]] = field(default_factory=set)  # until those who were killed are gone
@@ -53,9 +55,10 @@ class Killer:
             if not pids:
                 return  # all of them are starting
             pid, now = self.chance.choice(pids), time.monotonic()
+            held = points.connections_of(pid, self.stage.settings.gateway.port)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            self._excuse(pid, now)
+            self._excuse(pid, now, number, held)
         elif pid := self.stage.pid(name):
             with contextlib.suppress(ProcessLookupError):  # it ended a moment ago and will be started again
                 os.kill(pid, number)
@@ -72,7 +75,7 @@ class Killer:
                 deadline += 1.0
             await asyncio.sleep(0.02)
         if point in points.GATEWAY_POINTS:
-            self._excuse(done.pid, done.at)
+            self._excuse(done.pid, done.at, number, done.held)
         self.kills[f"{role_of(point)} {number.name}"] += 1
         self.at_points[point] += 1
         return True
@@ -81,29 +84,35 @@ class Killer:
         """Whether a kill may be carried out now.
 
         Who is to be killed must run, and vLLM have answered a while. A worker of the gateway has to wait until both are
-        up, or nobody would talk; and the gateway as a whole until a fault that costs records is over, since it forgets
-        what it has counted.
+        up, or nobody would talk. While a fault that costs records goes on, neither gateway nor vLLM is killed: what is
+        missing is compared with what was counted, one by one, and a request that fails, or a process that takes along
+        what it held, would blur that.
         """
         role = role_of(order[0])
-        if self.going_on == "no kills":
+        if self.going_on == "no kills" or (self.going_on == "records" and role not in ("worker", "trainer")):
             return False
         if role == "vllm":
             return self._heard() >= HEARD
         if not role.startswith("gateway"):
             return bool(self.stage.pid(role))
-        if self.going_on == "records" and role == "gateway":
-            return False
+        if self.watching:
+            return False  # one that was told to stop is still at it
         ages = []
         for pid in self.stage.gateway_workers():
             with contextlib.suppress(psutil.Error):
                 ages.append(time.time() - psutil.Process(pid).create_time())
         return len(ages) == self.stage.settings.gateway.workers and min(ages) > GROWN
 
-    def _excuse(self, pid: int, at: float) -> None:
-        """What is in flight may fail from ``at`` until the worker is gone.
+    def _excuse(self, pid: int, at: float, number: signal.Signals, held: int) -> None:
+        """What the worker ``pid`` had in flight may fail from ``at`` until it is gone.
 
-        Told to stop, it ends what it has begun; a connection that it has taken and not read from yet is closed.
+        Killed, it can fail no more requests than it ``held`` connections, and one or two that came meanwhile. Told to
+        stop, it ends what it has begun; a connection that it has taken and not read from yet is closed, which happens
+        to a client once at most, since it takes no more.
         """
+        killed = number is signal.SIGKILL
+        if killed:
+            self.ended_workers.append(pid)
 
         async def watch() -> None:
             while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -112,11 +121,17 @@ class Killer:
         async def excuse() -> None:
             with contextlib.suppress(psutil.Error):  # gone between two looks
                 await watch()
-            self.excuses.append((at - 0.05, time.monotonic() + 0.1, "gateway worker killed"))
+            why = "gateway worker killed" if killed else "gateway worker told to stop"
+            allows, most = (KILLED, held + 2) if killed else (STOPPED, self.clients.count)
+            self.excuses.append(Excuse(why, at - 0.05, time.monotonic() + SLACK, allows, most))
 
         task = asyncio.create_task(excuse())
         self.watching.add(task)
         task.add_done_callback(self.watching.discard)
+
+    async def gone(self) -> None:
+        """Wait until the workers of the gateway that were killed, or told to stop, are gone."""
+        await asyncio.gather(*self.watching)
 
     def _heard(self) -> int:
         """Answers that were asked for and received whole since vLLM came up."""
@@ -142,9 +157,14 @@ class Killer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await asyncio.to_thread(process.wait)
+        dead = time.monotonic()
         self.stage.start_gateway()
         await self.stage.answers(f"{self.stage.url}/health/liveliness")
-        self.excuses.append((began - 0.05, time.monotonic(), "gateway restarted"))
+        killed = number is signal.SIGKILL
+        why, allows = ("gateway killed", KILLED) if killed else ("gateway told to stop", STOPPED)
+        most = 2 * self.clients.count  # each may try again in time to wait for a worker that never takes it
+        self.excuses.append(Excuse(why, began - 0.05, dead + SLACK, allows, most))
+        self.excuses.append(Excuse("gateway starting", began - 0.05, time.monotonic() + SLACK, STARTING))
 
     async def restart_vllm(self, number: signal.Signals) -> None:
         """End vLLM and start it again; it has forgotten every adapter then."""
@@ -162,7 +182,7 @@ class Killer:
         self.stage.start_vllm()
         await self.stage.answers(f"http://127.0.0.1:{self.stage.vllm_port}/health")
         self._vllm_up = time.monotonic()
-        self.excuses.append((began - 0.05, self._vllm_up + 0.5, "vllm down"))
+        self.excuses.append(Excuse("vllm down", began - 0.05, self._vllm_up + SAYING, UPSTREAM_AWAY))
 
 
 def role_of(name: str) -> str:

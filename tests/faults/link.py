@@ -29,8 +29,10 @@ class Link:
     mode: Literal["pass", "refuse", "slow", "cut", "cut-up", "silent"] = "pass"
     delay: float = 0.5
     after: int = 300
-    broken: int = 0  # connections that a fault has ended
+    touched: int = 0  # questions that the present mode has broken off, or pieces that it has held up
     _open: set[asyncio.StreamWriter] = field(default_factory=set)
+    _unanswered: set[asyncio.StreamWriter] = field(default_factory=set)  # clients that wait for an answer
+    _asked: asyncio.Event = field(default_factory=asyncio.Event)
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -45,11 +47,23 @@ class Link:
 
     async def set(self, mode: Literal["pass", "refuse", "slow", "cut", "cut-up", "silent"]) -> None:
         """Change what it does, for open connections too."""
+        if mode != "pass":
+            self.touched = 0
         self.mode = mode
         if mode == "refuse":
             await self._deafen()
         elif self._server is None:
             await self._listen()
+
+    async def used(self, timeout: float) -> bool:
+        """Wait until a question passes; False if none does.
+
+        Refused then, it is known to be broken off. Of those who find nobody to connect to, nothing is known here.
+        """
+        self._asked.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._asked.wait(), timeout)
+        return self._asked.is_set()
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
@@ -59,6 +73,7 @@ class Link:
         if self._server is not None:
             self._server.close()
             self._server = None
+        self.touched += len(self._unanswered)
         self._reset(list(self._open))
 
     def _reset(self, writers: list[asyncio.StreamWriter]) -> None:
@@ -68,7 +83,6 @@ class Link:
                 with contextlib.suppress(OSError):  # closed already
                     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             writer.transport.abort()
-            self.broken += 1
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -92,6 +106,7 @@ class Link:
             for end in (writer, there):
                 if end is not None:
                     self._open.discard(end)
+                    self._unanswered.discard(end)
                     end.close()
             self._tasks.discard(task)
 
@@ -102,8 +117,14 @@ class Link:
         cut: str,
         pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
     ) -> None:
-        passed = 0
+        passed, asks = 0, cut == "cut-up"
         while data := await reader.read(PIECE):
+            if asks:
+                self._unanswered.add(pair[0])
+                self._asked.set()
+            else:
+                self._unanswered.discard(pair[0])
+            self.touched += self.mode in ("silent", "slow")
             while self.mode == "silent":
                 await asyncio.sleep(0.05)
             if self.mode == "slow":
@@ -114,6 +135,7 @@ class Link:
                     with contextlib.suppress(ConnectionError):
                         await writer.drain()
                     await asyncio.sleep(0.01)
+                    self.touched += 1
                     self._reset(list(pair))
                     return
                 passed += len(data)

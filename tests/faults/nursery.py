@@ -26,7 +26,7 @@ from metaclaw_trainer.settings import load_settings as load_trainer_settings
 
 from metaclaw_plugin.settings import load_settings
 from metaclaw_plugin.worker import loop as worker_loop
-from tests.faults import points
+from tests.faults import points, taken
 
 TICK = 0.05  # seconds
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds before a restart, longer when it ends soon each time
@@ -109,6 +109,8 @@ class Nursery:
             os.dup2(log, 2)
             os.close(0)
             points.install(self._folder, name, points.WORKER_POINTS if "worker" in name else points.TRAINER_POINTS)
+            if name == "trainer":
+                taken.install(self._folder)
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
             logging.getLogger("httpx").setLevel(logging.WARNING)
             work()

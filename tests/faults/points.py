@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER_ENV = "METACLAW_TEST_FAULTS"  # where orders lie, for processes that are started rather than forked
 LOOK = 0.1  # seconds between looks at how far the clock is off
 
@@ -75,6 +77,7 @@ class Fired:
 
     pid: int
     at: float  # monotonic, which is the same clock in every process
+    held: int  # connections of clients that it had, if it is of the gateway
 
 
 def install(folder: Path, role: str, names: tuple[str, ...]) -> None:
@@ -106,10 +109,10 @@ def disarm(folder: Path, name: str) -> bool:
 def fired(folder: Path, name: str) -> Fired | None:
     """Who carried out the order, if it was."""
     try:
-        pid, at = (folder / "fired" / name).read_text(encoding="ascii").split()
+        pid, at, held = (folder / "fired" / name).read_text(encoding="ascii").split()
     except (FileNotFoundError, ValueError):
         return None
-    return Fired(int(pid), float(at))
+    return Fired(int(pid), float(at), int(held))
 
 
 def set_clock(folder: Path, role: str, seconds: float) -> None:
@@ -117,6 +120,14 @@ def set_clock(folder: Path, role: str, seconds: float) -> None:
     fresh = folder / f".clock.{role}"
     fresh.write_text(f"{seconds}", encoding="ascii")
     fresh.rename(folder / f"clock.{role}")
+
+
+def clock_of(folder: Path, role: str) -> float:
+    """How far the clock of a process of ``role`` went off when it was last set; 0 if none has looked."""
+    try:
+        return float((folder / f"clock.{role}.seen").read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return 0.0
 
 
 def _wrap(folder: Path, name: str) -> None:
@@ -158,9 +169,20 @@ def _pass(folder: Path, name: str) -> None:
     except OSError:
         return  # nobody asked for it, or another process was first
     number = int(taken.read_text(encoding="ascii"))
-    taken.write_text(f"{os.getpid()} {time.monotonic()}", encoding="ascii")
+    held = connections_of(os.getpid()) if name in GATEWAY_POINTS else 0
+    taken.write_text(f"{os.getpid()} {time.monotonic()} {held}", encoding="ascii")
     taken.rename(folder / "fired" / name)
     os.kill(os.getpid(), number)
+
+
+def connections_of(pid: int, port: int | None = None) -> int:
+    """Open connections that ``pid`` has taken at ``port``; None: at the port that it listens on. 0 if it has ended."""
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return 0
+    ports = {one.laddr.port for one in sockets if one.status == psutil.CONN_LISTEN} if port is None else {port}
+    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port in ports for one in sockets)
 
 
 def _bend_clock(file: Path) -> None:
@@ -172,9 +194,12 @@ def _bend_clock(file: Path) -> None:
         if now > looked + LOOK:
             looked = now
             try:
-                off = float(file.read_text(encoding="ascii"))
+                told = float(file.read_text(encoding="ascii"))
             except FileNotFoundError:
-                off = 0.0
+                told = 0.0
+            if told != off:
+                off = told
+                file.with_name(f"{file.name}.seen").write_text(f"{off}", encoding="ascii")
         return off
 
     time.time = lambda: _real_time() + offset()

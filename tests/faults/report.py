@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections import Counter
 from typing import Any
 
+from tests.faults.excuses import Failures
 from tests.faults.siege import Siege
 
 
-def result_of(siege: Siege, excused: Counter[str], *, seed: int, started: float, seconds: float) -> dict[str, Any]:
+def result_of(siege: Siege, failures: Failures, *, seed: int, started: float, seconds: float) -> dict[str, Any]:
     """Everything that is printed, as JSON."""
     durations = sorted(one.ended - one.began for one in siege.clients.asked if one.whole)
     return {
@@ -26,7 +26,8 @@ def result_of(siege: Siege, excused: Counter[str], *, seed: int, started: float,
         "whole": len(durations),
         "request_p50": statistics.median(durations) if durations else None,
         "request_p99": durations[int(len(durations) * 0.99)] if durations else None,
-        "failed_by": dict(excused),
+        "failed_by": {f"{why}: {kind}": n for (why, kind), n in sorted(failures.by_cause.items())},
+        "failures": failures.each,
         "missing_and_counted": len(siege.forgiven) + siege.unrecorded,
         "slowest_return": max(siege.backs, default=0.0),
         **siege.findings.summary(),
@@ -43,11 +44,12 @@ def print_tables(result: dict[str, Any]) -> None:
     at = result["at_points"]
     print(f"\nof these at {len(at)} named points: " + ", ".join(f"{name} {n}" for name, n in at.items()))
     if result["faults"]:
-        print("\n| fault | may cost | s | requests | failed | missing | counted | back after, s |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("\n| fault | may cost | s | touched | requests | failed meanwhile | missing | counted | back after, s |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for row in result["faults"]:
-            print(f"| {row['name']} | {row['cost']} | {row['seconds']:.1f} | {row['requests']} | {row['failed']} | "
-                  f"{row['missing']} | {row['counted']} | {row['back']:.1f} |")  # fmt: skip
+            counted = ", ".join(f"{name} {n}" for name, n in row["counted"].items() if n)
+            print(f"| {row['name']} | {row['cost']} | {row['seconds']:.1f} | {row['touched']} | {row['requests']} | "
+                  f"{row['failed']} | {row['missing']} | {counted} | {row['back']:.1f} |")  # fmt: skip
     print("\n| found | |\n|---|---|")
     for name, value in {
         "requests": result["requests"],

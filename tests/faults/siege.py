@@ -6,24 +6,26 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
-from tests.faults.auditor import REFUSED, at_rest, audit_all, check_failures, stored_ids
+from tests.faults.accounts import LOSSES, Account, late_of
+from tests.faults.auditor import at_rest, audit_all, audit_vllm, check_unread, stored_ids
 from tests.faults.clients import Clients
+from tests.faults.excuses import SAYING, Excuse, Failures, check_failures
 from tests.faults.findings import Findings
 from tests.faults.killer import Cost, Killer
+from tests.faults.link import Link
 from tests.faults.stage import AGENTS, Stage
 
 BACK = 90.0  # seconds within which every agent must have an answer again
 HURRY = 30.0  # seconds for the rest, when it was told to end
 RETRIES = 45.0  # seconds for which a gateway goes on trying to store what it holds
-LOSSES = ("traces_lost", "commits_late", "requests_unrecorded")
+Work = Callable[["Siege"], Awaitable[int]]  # breaks and mends something; how much it has touched
 
 
 @dataclass
@@ -32,11 +34,13 @@ class Row:
 
     name: str
     cost: Cost
+    began: float = 0.0  # monotonic
     seconds: float = 0.0  # that it lasted
+    touched: int = 0  # connections, files, processes and so on that it has met; a fault that met none proves nothing
     requests: int = 0  # that were under way while it did
-    failed: int = 0  # by this fault; known after the audit
+    failed: int = 0  # meanwhile, by whatever cause; known after the audit
     missing: int = 0  # answers without a stored trace
-    counted: int = 0  # of those, as the gateway says
+    counted: dict[str, int] = field(default_factory=dict)  # how much the gateway's counters rose
     back: float = 0.0  # seconds until every agent had an answer that was asked for after the fault
 
 
@@ -65,12 +69,24 @@ class Siege:
 
     # faults ----------------------------------------------------------------------------------------------------------
 
-    async def fault(self, name: str, cost: Cost, work: Callable[[Siege], Awaitable[None]], kills: bool = True) -> Row:
+    async def fault(self, name: str, cost: Cost, work: Work, kills: bool = True) -> Row:
         """Let ``work`` break something and mend it again; then see that service is back, and what is missing."""
         async with self.killer.busy if not kills else contextlib.nullcontext():
-            if not kills:
-                await self._all_up()
-            return await self._fault(Row(name, cost), work, kills)
+            try:
+                if not kills:
+                    await self._all_up()
+                elif cost == "records":
+                    await self._spare_gateway()
+                return await self._fault(Row(name, cost), work, kills)
+            finally:
+                self.killer.going_on = None
+
+    async def _spare_gateway(self) -> None:
+        """From now on neither gateway nor vLLM is killed; wait until those that were are gone and back."""
+        async with self.killer.busy:
+            self.killer.going_on = "records"
+        await self.killer.gone()
+        await self.stage.all_answer()
 
     async def _all_up(self) -> None:
         """Wait until every process runs and none has only begun to."""
@@ -79,47 +95,62 @@ class Siege:
         await self.stage.all_answer()
         await asyncio.sleep(3.0)
 
-    async def _fault(self, row: Row, work: Callable[[Siege], Awaitable[None]], kills: bool) -> Row:
-        cost = row.cost
+    async def _fault(self, row: Row, work: Work, kills: bool) -> Row:
         await self.back(time.monotonic())
         before = await self.stage.counted()
-        first, began = len(self.clients.asked), time.monotonic()
-        self.killer.going_on = cost if kills else "no kills"
-        try:
-            await work(self)
-            return await self._after(row, first, began, before)
-        finally:
-            self.killer.going_on = None
-
-    async def _after(self, row: Row, first: int, began: float, before: dict[str, int]) -> Row:
-        cost, mended = row.cost, time.monotonic()
-        row.seconds = mended - began
-        if cost == "requests":
-            self.killer.excuses.append((began - 0.05, mended + 1.0, row.name))
-        row.back = await self.back(mended)
-        during = [one for one in self.clients.asked[first:] if one.began <= mended]
-        row.requests = len(during)
-        bare = [one for one in during if one.whole and not one.trace]
-        missing = await self._missing([one.trace for one in during if one.whole and one.trace], cost == "records")
-        row.missing = len(missing) + len(bare)
-        if row.missing:
-            after = await self.stage.counted()
-            row.counted = sum(after.get(loss, 0) - before.get(loss, 0) for loss in LOSSES)
-        if row.missing and (cost != "records" or row.missing > row.counted):
-            self.findings.blame("lost", f"{row.name}: {row.missing} answers have no trace, {row.counted} are counted")
-        self.forgiven |= missing
-        self.unrecorded += len(bare)
+        folder, pids = self.stage.metrics_folder, self.stage.gateway_workers()
+        late = {pid: late_of(folder, [pid]) for pid in pids}
+        first, row.began = len(self.clients.asked), time.monotonic()
+        self.killer.going_on = row.cost if kills else "no kills"
+        row.touched = await work(self)
+        if not row.touched:
+            self.findings.blame("idle", f"{row.name}: it touched nothing, and so has shown nothing")
+        await self._after(row, first, before, late)
         self.rows.append(row)
         return row
 
-    async def _missing(self, traces: Sequence[str], patient: bool) -> set[str]:
-        deadline = time.monotonic() + (RETRIES if patient else 5.0)
+    async def _after(self, row: Row, first: int, before: dict[str, int], late: dict[int, int]) -> None:
+        mended = time.monotonic()
+        row.seconds = mended - row.began
+        row.back = await self.back(mended)
+        row.requests = sum(one.began <= mended for one in self.clients.asked[first:])
+        costs = row.cost == "records"
+        deadline = mended + row.back + (RETRIES if costs else 5.0)
         while True:
-            stored = await asyncio.to_thread(stored_ids, self.stage)
-            missing = {name for name in traces if not stored[name]}
-            if not missing or time.monotonic() > deadline:
-                return missing
+            account, missing = await self._account(row.name, first, before, late)
+            # Of what a process that was killed may have held, it is known at the end alone who holds it no longer.
+            final = account.balanced and not (missing and account.died_with) if costs else not account.missing
+            if final or time.monotonic() > deadline:
+                break
             await asyncio.sleep(0.5)
+        account.check(costs, self.findings)
+        row.missing, row.counted = account.missing, dict(account.counted)
+        self.forgiven |= missing
+        self.unrecorded += account.bare
+
+    async def _account(
+        self, name: str, first: int, before: dict[str, int], late: dict[int, int]
+    ) -> tuple[Account, set[str]]:
+        """What was asked since and is not stored by now, against the gateway's counters; and the missing traces."""
+        during = self.clients.asked[first:]
+        whole = [one for one in during if one.whole]
+        stored = await asyncio.to_thread(stored_ids, self.stage)
+        missing = {one.trace for one in whole if one.trace and not stored[one.trace]}
+        after = await self.stage.counted()
+        killed = [pid for pid in late if pid in self.killer.ended_workers]
+        account = Account(
+            name,
+            traces=len(missing),
+            bare=sum(not one.trace for one in whole),
+            failed=len(during) - len(whole),
+            counted={loss: after.get(loss, 0) - before.get(loss, 0) for loss in LOSSES},
+            died_with=sum(late_of(self.stage.metrics_folder, [pid]) - late[pid] for pid in killed),
+        )
+        return account, missing
+
+    def excuse(self, why: str, began: float, allows: Mapping[str, str]) -> None:
+        """Requests may have failed in the ways ``allows`` from ``began`` until now."""
+        self.killer.excuses.append(Excuse(why, began - 0.05, time.monotonic() + SAYING, allows))
 
     async def back(self, since: float) -> float:
         """Wait until every agent has a whole answer to something that it asked after ``since``; the seconds."""
@@ -142,14 +173,14 @@ class Siege:
             await asyncio.sleep(0.1)
 
     @asynccontextmanager
-    async def link(self, name: str, mode: Any, **values: Any) -> AsyncIterator[None]:
+    async def link(self, name: str, mode: Any, **values: Any) -> AsyncIterator[Link]:
         """The link ``name`` does something else for as long as the block runs."""
         link = self.stage.links[name]
         for key, value in values.items():
             setattr(link, key, value)
         await link.set(mode)
         try:
-            yield
+            yield link
         finally:
             await link.set("pass")
 
@@ -178,14 +209,17 @@ class Siege:
                     async with http.post(url):
                         pass
 
-    async def audit(self) -> Counter[str]:
-        """Compare everything; how many requests each kind of fault has failed."""
-        await asyncio.gather(*self.killer.watching)
+    async def audit(self) -> Failures:
+        """Compare everything; which requests failed by what."""
+        await self.killer.gone()
         bare = sum(one.whole and not one.trace for one in self.clients.asked)
         if bare > self.unrecorded:
             self.findings.blame("lost", f"{bare - self.unrecorded} answers went unrecorded while the store was well")
-        await asyncio.to_thread(audit_all, self.stage, self.clients.asked, self.forgiven, self.findings)
-        excused = check_failures(self.clients.asked, self.killer.excuses, self.findings)
+        traces = await asyncio.to_thread(audit_all, self.stage, self.clients.asked, self.forgiven, self.findings)
+        await asyncio.to_thread(audit_vllm, self.stage, self.findings)
+        failures = check_failures(self.clients.asked, self.killer.excuses, self.findings)
+        check_unread(failures, traces, self.findings)
         for row in self.rows:
-            row.failed = excused[row.name] + excused[row.name + REFUSED]
-        return excused
+            end = row.began + row.seconds + row.back
+            row.failed = sum(not one.whole and row.began <= one.ended <= end for one in self.clients.asked)
+        return failures

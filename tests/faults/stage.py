@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,10 @@ from typing import IO, Any
 import aiohttp
 import psutil
 
-from metaclaw_plugin.gateway.command import gateway_command
+from metaclaw_plugin.gateway.command import METRICS_ENV, gateway_command
 from metaclaw_plugin.gateway.identity import internal_key
 from metaclaw_plugin.settings import Settings, load_settings
-from metaclaw_plugin.store.agents import add_agent, new_key
+from metaclaw_plugin.store.agents import add_agent, new_key, set_settings
 from metaclaw_plugin.store.engine import open_store
 from tests.faults import points
 from tests.faults.disk import Disk
@@ -33,9 +33,24 @@ from tests.vllm_server import pick_free_port, start_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = ("alpha", "beta", "gamma")
+GATED = "gamma"  # the agent that has a skill, and whose candidates are replayed on held-out sessions, if any has
+SKILL_NAME = "speak-as-gamma"
+SKILL = f"""---
+name: {SKILL_NAME}
+description: When gamma is asked, gamma answers.
+---
+Say who you are.
+"""
 BATCH = 3  # samples to a training step
 START_TIMEOUT = 240.0  # seconds
 REWARD = "def score_trace(trace): return 1.0 if sum(trace.response_token_ids) % 2 else -1.0\n"
+
+
+def reward_of(token_ids: Sequence[int]) -> float:
+    """What REWARD gives to an answer."""
+    return 1.0 if sum(token_ids) % 2 else -1.0
+
+
 TRAINER = {
     "device": "cpu",
     "dtype": "float32",
@@ -70,6 +85,7 @@ class Stage:
     gateway: subprocess.Popen[bytes] = field(init=False)
     vllm: subprocess.Popen[bytes] = field(init=False)
     nursery: subprocess.Popen[bytes] = field(init=False)
+    metrics_folder: Path = field(init=False)  # where the gateway's workers count; of one that has several
 
     @property
     def url(self) -> str:
@@ -120,6 +136,8 @@ class Stage:
             argv[argv.index("litellm.proxy.proxy_cli")] = "tests.faults.at_point"
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**env, points.FOLDER_ENV: str(self.folder), "PYTHONPATH": os.pathsep.join(paths)}
+        if METRICS_ENV in env:
+            self.metrics_folder = Path(env[METRICS_ENV])
         with (self.folder / "gateway.log").open("ab") as log:
             self.gateway = subprocess.Popen(argv, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
@@ -186,18 +204,30 @@ class Stage:
         finally:
             connection.close()
 
+    def is_locked(self, file: Path) -> bool:
+        """Whether somebody holds the write lock of a database now."""
+        with contextlib.closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as c:
+            try:
+                c.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return True
+            c.execute("ROLLBACK")
+            return False
 
-def _settings(folder: Path, model: Path, trainer_home: Path, ports: dict[str, int], workers: int) -> dict[str, Any]:
+
+def _settings(
+    folder: Path, model: Path, trainer_home: Path, ports: dict[str, int], workers: int, gated: bool
+) -> dict[str, Any]:
     return {
         "mode": "rl",
         "base_model": str(model),
         "gateway": {"workers": workers, "port": pick_free_port()},
-        "sessions": {"held_out_one_in": 0},
+        "sessions": {"held_out_one_in": 6 if gated else 0},
         "hooks": {"timeout": 2},
-        "skills": {"starter": False, "max_skills": 0},
+        "skills": {"starter": False, "max_skills": int(gated), "min_relevance": 0.0},
         "rewards": {"weights": {"next_turn": 0, "tool_outcome": 0}},
         "worker": {"merge_wait": 1.0, "poll_interval": 0.2, "max_backoff": 1.0, "lease": 5, "evidence_timeout": 1},
-        "publish": {"policy": "always", "retry_interval": 0.5, "refresh_interval": 2.0, "dead_after": 5},
+        "publish": {"policy": "always", "retry_interval": 0.5, "refresh_interval": 2.0, "dead_after": 5, "replays": 4},
         "vllm": {"url": f"http://127.0.0.1:{ports['worker-vllm']}", "managed": False},
         "rl": {"remote_url": f"http://127.0.0.1:{ports['worker-trainer']}"},
         "console": {"enabled": False},
@@ -212,11 +242,20 @@ def _settings(folder: Path, model: Path, trainer_home: Path, ports: dict[str, in
 
 @asynccontextmanager
 async def standing(
-    folder: Path, model: Path, *, real_vllm: bool = False, workers: int = 2, breakable: bool = True, pause: float = 0.02
+    folder: Path,
+    model: Path,
+    *,
+    real_vllm: bool = False,
+    workers: int = 2,
+    breakable: bool = True,
+    gated: bool = False,
+    pause: float = 0.02,
 ) -> AsyncIterator[Stage]:
     """The whole system, ready; ended when the block ends.
 
-    ``breakable``: with the named points in the gateway, and small disks; ``pause``: between two pieces of an answer.
+    ``breakable``: with the named points in the gateway, and small disks; ``gated``: one session in six is held out,
+    and one agent has a skill, and has its candidates judged by those sessions; ``pause``: seconds between two pieces
+    of an answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vllm_port, trainer_port = pick_free_port(), pick_free_port()
@@ -226,7 +265,7 @@ async def standing(
         await link.start()
     ports = {name: link.port for name, link in links.items()}
     store_disk, trainer_disk = Disk(folder / "home"), Disk(folder / "trainer-home")
-    made = _settings(folder, model, folder / "trainer-home", ports, workers)
+    made = _settings(folder, model, folder / "trainer-home", ports, workers, gated)
     if not real_vllm:
         made["trainer"]["gap_threshold"] = 1e9  # what the upstream says of log-probabilities is made up
     upstream = f"http://127.0.0.1:{ports['gateway-vllm']}"
@@ -237,7 +276,12 @@ async def standing(
         ended.enter_context(trainer_disk.mounted(small=breakable))
         (settings.home / "hooks").mkdir(parents=True)
         (settings.home / "hooks" / "parity.py").write_text(REWARD, encoding="utf-8")
-        stage = Stage(folder, config, settings, _agents(settings), model, real_vllm, links, store_disk, trainer_disk,
+        if gated:
+            skill = settings.skills_path / GATED / SKILL_NAME
+            skill.mkdir(parents=True)
+            (skill / "SKILL.md").write_text(SKILL, encoding="utf-8")
+        keys = _agents(settings, gated)
+        stage = Stage(folder, config, settings, keys, model, real_vllm, links, store_disk, trainer_disk,
                       vllm_port, trainer_port, breakable, pause)  # fmt: skip
         stage.start_vllm()
         ended.callback(lambda: _end(stage.vllm))
@@ -253,11 +297,13 @@ async def standing(
                 await link.stop()
 
 
-def _agents(settings: Settings) -> dict[str, str]:
+def _agents(settings: Settings, gated: bool) -> dict[str, str]:
     engine = open_store(settings.store_url)
     with engine.begin() as c:
         for name in AGENTS:
             add_agent(c, name)
+        if gated:
+            set_settings(c, GATED, {"publish": {"policy": "not_worse"}})
         keys = {name: new_key(c, [name]).secret for name in AGENTS}
     engine.dispose()
     return keys

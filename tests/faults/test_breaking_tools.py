@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ async def test_a_link_refuses_cuts_slows_and_passes() -> None:
         await link.set(mode)  # type: ignore[arg-type]
         with pytest.raises((ClientError, TimeoutError)):
             await ask()
+        assert (link.touched > 0) == (mode != "refuse"), "who is refused touches nothing"
         await link.set("pass")
         assert await ask() == BODY, f"after {mode}"
     link.delay = 0.2
@@ -67,6 +69,7 @@ async def test_a_link_refuses_cuts_slows_and_passes() -> None:
     began = time.monotonic()
     assert await ask() == BODY
     assert time.monotonic() - began >= 0.4, "the request and the answer have waited"
+    assert link.touched >= 2
     await link.stop()
     await runner.cleanup()
 
@@ -82,6 +85,7 @@ def test_who_passes_an_armed_point_gets_the_signal(tmp_path: Path, number: signa
     deadline = time.monotonic() + 10
     while float(process.stdout.readline()) < time.time() + 3000:
         assert time.monotonic() < deadline, "the clock did not move"
+    assert points.clock_of(tmp_path, "worker") == 3600.0
     assert process.poll() is None, "it died at a point that it never passed"
     points.arm(tmp_path, "here", number)
     assert process.wait(10) == -number
@@ -97,7 +101,9 @@ def test_a_full_disk_is_full_until_it_is_freed(tmp_path: Path) -> None:
         pytest.skip("mounting takes root; without it RLIMIT_FSIZE is used")
     disk = Disk(tmp_path / "small")
     with disk.mounted():
+        assert not disk.is_full
         disk.fill([])
+        assert disk.is_full
         with pytest.raises(OSError, match="No space left"):
             (disk.folder / "one-more").write_bytes(bytes(10_000))
         disk.free()
@@ -113,6 +119,7 @@ def test_where_nothing_can_be_mounted_a_process_cannot_make_files_longer(tmp_pat
         [sys.executable, "-c", writes, str(tmp_path / "file")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     disk.fill([process.pid])
+    assert disk.is_full
     process.communicate(b"\n", timeout=20)
     assert (tmp_path / "file").stat().st_size < 100_000
     disk.free()
@@ -134,6 +141,40 @@ async def test_a_hung_wire_goes_on_where_it_was() -> None:
         await asyncio.wait_for(reader.read(5), 0.3)
     await link.set("pass")
     assert await asyncio.wait_for(reader.read(5), 2) == b"hello"
+    assert link.touched == 1
     writer.close()
     await link.stop()
     server.close()
+
+
+async def test_a_question_is_refused_its_answer_when_its_wire_is_refused() -> None:
+    async def hear(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    link = Link(server.sockets[0].getsockname()[1])
+    await link.start()
+    _, idle = await asyncio.open_connection("127.0.0.1", link.port)
+    assert not await link.used(0.1), "nobody asks"
+    reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+    asked = asyncio.create_task(link.used(5))
+    await asyncio.sleep(0)
+    writer.write(b"a question")
+    assert await asked
+    await link.set("refuse")
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    assert link.touched == 1, "the idle connection is none that it has broken"
+    idle.close()
+    await link.stop()
+    server.close()
+
+
+def test_the_connections_that_a_process_has_taken_are_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        pairs = [(socket.create_connection(address), server.accept()[0]) for _ in range(3)]
+        assert points.connections_of(os.getpid(), address[1]) == 3
+        for pair in pairs:
+            for end in pair:
+                end.close()

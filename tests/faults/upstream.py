@@ -29,13 +29,17 @@ EOS = 2
 NONCE = re.compile(r"nonce=([0-9a-z-]+)")
 CHUNK = 6  # characters to a token
 ROLES = {"system": 11, "user": 12, "assistant": 13, "tool": 14}
-LOGPROB = -10.8  # of a model that knows nothing, in nats
 WORDS = ("the river goes on and the day is long", "so it was said and so it is kept", "one more word and then no more")
 
 
 def ids_of(text: str) -> list[int]:
     """Token ids of ``text``."""
     return [100 + zlib.crc32(text[i : i + CHUNK].encode()) % 40_000 for i in range(0, len(text), CHUNK)]
+
+
+def logprob_of(token: int) -> float:
+    """What every model here gives to ``token``, in nats: about that of one that knows nothing."""
+    return -10.8 - (token % 64) / 64
 
 
 def prompt_ids(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -112,7 +116,7 @@ class Upstream:
             return _unknown(body["model"])
         choice: dict[str, Any] = {"index": 0, "text": " the", "finish_reason": "length", "token_ids": [262]}
         if body.get("prompt_logprobs") is not None:
-            choice["prompt_logprobs"] = [None, *({str(t): {"logprob": LOGPROB}} for t in body["prompt"][1:])]
+            choice["prompt_logprobs"] = _scored(body["prompt"])
         answer = {"id": _new_id(), "object": "text_completion", "model": body["model"], "choices": [choice]}
         return web.json_response(answer)
 
@@ -135,7 +139,10 @@ class Upstream:
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             choice |= {"logprobs": None, "stop_reason": None, **(_tokens([*pieces, ""], text) if rich else {})}
             whole = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-            return web.json_response(whole | ({"prompt_token_ids": prompt} if rich else {}))
+            if body.get("prompt_logprobs") is not None:  # scores the conversation as it stands
+                prompt = prompt_ids(body["messages"])
+                whole["prompt_logprobs"] = _scored(prompt)
+            return web.json_response(whole if prompt is None else whole | {"prompt_token_ids": prompt})
         return await self._stream(request, body, head, pieces, prompt, usage)
 
     async def _stream(
@@ -175,8 +182,16 @@ class Upstream:
 def _tokens(pieces: Sequence[str], text: str) -> dict[str, Any]:
     """Ids and log-probabilities of ``pieces``; an empty one is the end of the answer."""
     ids = [*ids_of(text), *([EOS] if pieces and not pieces[-1] else [])]
-    entries = [{"token": piece, "logprob": LOGPROB, "bytes": None, "top_logprobs": []} for piece in pieces]
+    entries = [
+        {"token": piece, "logprob": logprob_of(token), "bytes": None, "top_logprobs": []}
+        for piece, token in zip(pieces, ids, strict=True)
+    ]
     return {"token_ids": ids, "logprobs": {"content": entries}}
+
+
+def _scored(ids: Sequence[int]) -> list[dict[str, Any] | None]:
+    """Log-probabilities of a prompt, as vLLM gives them: none for its first token."""
+    return [None, *({str(token): {"logprob": logprob_of(token)}} for token in ids[1:])]
 
 
 def _refusal(status: int, message: str, kind: str) -> web.Response:

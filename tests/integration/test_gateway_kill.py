@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,13 +19,15 @@ import pytest
 
 from metaclaw_plugin.gateway.identity import internal_key
 from tests.gateway_cases import ROUTES, request_of
-from tests.gateway_server import kill, running_gateway, start_gateway, stop
+from tests.gateway_server import kill, running_gateway, start_gateway
 from tests.postgres_server import create_database, running_postgres
 from tests.replay_upstream import ReplayUpstream, Script
 
 pytestmark = [pytest.mark.gateway, pytest.mark.law(3)]
 
 KILLS = int(os.environ.get("METACLAW_TEST_KILLS", "3"))  # 50 take a quarter of an hour
+HELD = 5  # streams that are open when it is told to stop; fewer than the upstream has threads
+BEGUN = 3  # pieces of each that it has had by then
 SEED = int(os.environ.get("METACLAW_TEST_SEED", "20261122"))
 _ENDS = {"chat": b"data: [DONE]", "messages": b'"message_stop"', "responses": b"data: [DONE]"}
 
@@ -104,15 +108,63 @@ def test_killed_at_random_moments_it_loses_nothing_that_a_client_received(
 def test_told_to_stop_it_finishes_what_it_has_begun(
     replay: ReplayUpstream, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
-    fresh_scripts(replay)
-    with running_gateway(tmp_path, replay.url, free_port()) as server:
-        talkers = Talkers(server.url, server.key, 4)
-        time.sleep(1.5)
-        stop(server.process)
-        talkers.finish()
+    """Streams that are open when the signal comes, and go on for a while, are received to their ends, and stored."""
+    go_on = threading.Event()
+
+    def step(piece: int) -> None:
+        if piece >= BEGUN:
+            go_on.wait(60)
+
+    replay.scripts["held-stream"] = Script.recorded("text-stream", fresh_ids=True, step=step)
+    with running_gateway(tmp_path, replay.url, free_port()) as server, ThreadPoolExecutor(HELD) as threads:
+        opened = threading.Barrier(HELD + 1)
+        answers = [
+            threads.submit(open_stream, server.url, server.key, list(ROUTES)[place % 3], opened)
+            for place in range(HELD)
+        ]
+        opened.wait(60)  # each has had the first bytes of its answer
+        os.kill(server.process.pid, signal.SIGTERM)
+        wait_until_refused(server.url)
+        assert server.process.poll() is None, "it ended while answers were open"
+        go_on.set()
+        whole = [answer.result(60) for answer in answers]
+        server.process.wait(30)
     stored = stored_ids(server.settings.home / "metaclaw.db")
-    assert talkers.whole
-    assert [trace for trace in talkers.whole if stored[trace] != 1] == []
+    assert len(set(whole)) == HELD
+    assert [trace for trace in whole if stored[trace] != 1] == []
+
+
+def open_stream(url: str, key: str, route: str, opened: threading.Barrier) -> str:
+    """Read a stream to its end, telling ``opened`` when it has begun; the id of its trace.
+
+    Raises:
+        httpx.HTTPError: if it is cut off.
+    """
+    body, headers = request_of(route, "held-stream", True), {"authorization": f"Bearer {key}"}
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", url + ROUTES[route], json=body, headers=headers) as answer,
+    ):
+        pieces = answer.iter_raw()
+        received = next(pieces)
+        opened.wait(60)
+        received += b"".join(pieces)
+        assert answer.status_code == 200
+        assert _ENDS[route] in received
+        return str(answer.headers["x-metaclaw-trace-id"])
+
+
+def wait_until_refused(url: str) -> None:
+    """Until nobody listens: it has heard that it shall stop."""
+    deadline = time.monotonic() + 30
+    with httpx.Client(timeout=5) as client:
+        while time.monotonic() < deadline:
+            try:
+                client.get(f"{url}/health/liveliness")
+            except (httpx.NetworkError, httpx.RemoteProtocolError):
+                return
+            time.sleep(0.05)
+    raise AssertionError("it takes connections 30 s after SIGTERM")
 
 
 def test_two_workers_share_one_postgresql_and_one_count(
