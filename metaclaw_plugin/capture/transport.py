@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -141,10 +141,10 @@ async def _tap_body(response: httpx.Response, recording: Recording) -> httpx.Res
     except (ValueError, RecursionError):
         recording.reply.garbled = True
     else:
+        shown = _without_injected(body, recording)
+        raw = raw if shown is None else write(shown)
         recording.reply.isolate(recording.reply.add_body, body)
         recording.complete = not recording.reply.garbled
-        if _hide_injected(body, recording):
-            raw = write(body)
     headers = [*_kept_headers(response), (b"content-length", str(len(raw)).encode())]
     return httpx.Response(response.status_code, headers=headers, content=raw, extensions=response.extensions)
 
@@ -193,26 +193,31 @@ class _TappedStream(httpx.AsyncByteStream):
             return line
         if recording.first_token_at is None:
             recording.first_token_at = time.time()
-        recording.reply.isolate(recording.reply.add_event, event)
         if not recording.keep_token_ids and _only_for_us(event):
-            self._dropped = True
-            return b""
-        return b"data: " + write(event) + b"\n" if _hide_injected(event, recording) else line
+            self._dropped, passed = True, b""
+        else:
+            shown = _without_injected(event, recording)
+            passed = line if shown is None else b"data: " + write(shown) + b"\n"
+        recording.reply.isolate(recording.reply.add_event, event)  # last, since it may change the event
+        return passed
 
 
-def _hide_injected(event: Json, recording: Recording) -> bool:
-    """Set back to null what vLLM leaves null when it is not asked; True if there was any."""
-    hidden = False
+def _without_injected(event: Json, recording: Recording) -> Json | None:
+    """The event with null where vLLM leaves null when it is not asked; ``None``: it is so already."""
+    prompt = not recording.keep_token_ids and event.get("prompt_token_ids") is not None
     names = ([] if recording.keep_token_ids else ["token_ids"]) + ([] if recording.keep_logprobs else ["logprobs"])
-    if not recording.keep_token_ids and event.get("prompt_token_ids") is not None:
-        event["prompt_token_ids"] = None
-        hidden = True
-    for choice in choices_of(event):
-        for name in names:
-            if choice.get(name) is not None:
-                choice[name] = None
-                hidden = True
-    return hidden
+    if not prompt and all(choice.get(name) is None for choice in choices_of(event) for name in names):
+        return None
+    shown = dict(event)
+    if prompt:
+        shown["prompt_token_ids"] = None
+    if isinstance(choices := event.get("choices"), list):
+        shown["choices"] = [_with_null(choice, names) if isinstance(choice, dict) else choice for choice in choices]
+    return shown
+
+
+def _with_null(choice: Json, names: Sequence[str]) -> Json:
+    return {key: None if key in names else value for key, value in choice.items()}
 
 
 def _only_for_us(event: Json) -> bool:

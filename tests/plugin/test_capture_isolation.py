@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from metaclaw_plugin.capture.transport import Recording
 from tests.tap_cases import RECORDED, TEXT_STREAM, Upstream, json_of, pass_through, recording_for
 
-ANYTHING = st.characters(exclude_categories=())  # half surrogate pairs too
+ANYTHING = st.sampled_from("a\x00\ud800\udfff") | st.characters(exclude_categories=())  # half surrogate pairs too
 STREAM = {"content_type": "text/event-stream"}
 INJECTED = {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.5}]}}
 
@@ -112,8 +112,8 @@ _CHOICES = _JSON | st.fixed_dictionaries(
     optional={"message": _DELTAS, "finish_reason": _JSON, "token_ids": _IDS, "logprobs": _LOGPROBS},
 )
 _EVENTS = st.fixed_dictionaries(
-    {"choices": _JSON | st.lists(_CHOICES, max_size=3)},
-    optional={"id": _JSON, "model": _JSON, "prompt_token_ids": _IDS},
+    {"choices": _JSON | st.lists(_CHOICES, max_size=3), "prompt_token_ids": st.just([1]) | _IDS},
+    optional={"id": _JSON, "model": _JSON},
 )
 
 
