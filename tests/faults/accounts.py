@@ -55,10 +55,17 @@ class Account:
 
 def late_of(folder: Path, pids: Iterable[int]) -> int:
     """Answers that the gateway workers ``pids`` counted as late, by the counters that they left in ``folder``."""
-    found = 0.0
-    for pid in pids:
-        file = folder / f"counter_{pid}.db"
-        if file.exists():
-            values = MmapedDict.read_all_values_from_file(str(file))  # type: ignore[no-untyped-call]
-            found += sum(value for key, value, *_ in values if f'"{LATE}"' in key)
-    return int(found)
+    return int(sum(value for pid in pids for key, value in _values(folder / f"counter_{pid}.db") if f'"{LATE}"' in key))
+
+
+def has_answered(folder: Path, pid: int) -> bool:
+    """Whether the gateway worker ``pid`` has stored the trace of an answer since it started: then it is up."""
+    return any("metaclaw_commit_seconds" in key for key, _ in _values(folder / f"histogram_{pid}.db"))
+
+
+def _values(file: Path) -> list[tuple[str, float]]:
+    """What a process counted, as prometheus_client keeps it: name with labels, and value; nothing before it counts."""
+    if not file.exists():
+        return []
+    found = MmapedDict.read_all_values_from_file(str(file))  # type: ignore[no-untyped-call]
+    return [(key, value) for key, value, *_ in found]

@@ -15,11 +15,11 @@ from typing import Literal
 import psutil
 
 from tests.faults import points
+from tests.faults.accounts import has_answered
 from tests.faults.clients import Clients
 from tests.faults.excuses import KILLED, SAYING, SLACK, STARTING, STOPPED, UPSTREAM_AWAY, Excuse
 from tests.faults.stage import Stage
 
-GROWN = 14.0  # seconds that a worker of the gateway takes to start, about
 HEARD = 30  # answers that vLLM gives before it is killed again
 PASSED = 15.0  # seconds for which a point that a process is to die at may wait for one to pass
 Cost = Literal["nothing", "requests", "records"]
@@ -83,10 +83,10 @@ class Killer:
     def is_due(self, order: tuple[str, signal.Signals]) -> bool:
         """Whether a kill may be carried out now.
 
-        Who is to be killed must run, and vLLM have answered a while. A worker of the gateway has to wait until both are
-        up, or nobody would talk. While a fault that costs records goes on, neither gateway nor vLLM is killed: what is
-        missing is compared with what was counted, one by one, and a request that fails, or a process that takes along
-        what it held, would blur that.
+        Who is to be killed must run, and vLLM have answered a while. Of the gateway, both workers must have answered
+        since they started, or nobody would. While a fault that costs records goes on, neither gateway nor vLLM is
+        killed: what is missing is compared with what was counted, one by one, and a request that fails, or a process
+        that takes along what it held, would blur that.
         """
         role = role_of(order[0])
         if self.going_on == "no kills" or (self.going_on == "records" and role not in ("worker", "trainer")):
@@ -97,11 +97,9 @@ class Killer:
             return bool(self.stage.pid(role))
         if self.watching:
             return False  # one that was told to stop is still at it
-        ages = []
-        for pid in self.stage.gateway_workers():
-            with contextlib.suppress(psutil.Error):
-                ages.append(time.time() - psutil.Process(pid).create_time())
-        return len(ages) == self.stage.settings.gateway.workers and min(ages) > GROWN
+        pids = self.stage.gateway_workers()
+        both = len(pids) == self.stage.settings.gateway.workers
+        return both and all(has_answered(self.stage.metrics_folder, pid) for pid in pids)
 
     def _excuse(self, pid: int, at: float, number: signal.Signals, held: int) -> None:
         """What the worker ``pid`` had in flight may fail from ``at`` until it is gone.

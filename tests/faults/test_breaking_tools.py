@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from metaclaw_plugin.gateway.command import METRICS_ENV
 from tests.faults import points
+from tests.faults.accounts import has_answered, late_of
 from tests.faults.disk import Disk
 from tests.faults.link import Link
 
@@ -23,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PASSES = """
 import sys, time
 from pathlib import Path
+from metaclaw_plugin.gateway.command import METRICS_ENV
 from tests.faults import points
+from tests.faults.accounts import has_answered, late_of
 import zlib
 points.POINTS["here"] = ("zlib", "crc32", "after")
 points.install(Path(sys.argv[1]), "worker", ("here",))
@@ -178,3 +182,28 @@ def test_the_connections_that_a_process_has_taken_are_counted() -> None:
         for pair in pairs:
             for end in pair:
                 end.close()
+
+
+def test_a_gateway_worker_is_up_once_it_has_stored_an_answer(tmp_path: Path) -> None:
+    counts = """
+import os
+from metaclaw_plugin.gateway.metrics import Metrics
+metrics = Metrics()
+metrics.count("commits_late", "alpha", 2)
+print(os.getpid(), flush=True)
+input()
+metrics.committed(True, 0.1)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", counts],
+        env={**os.environ, METRICS_ENV: str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert late_of(tmp_path, [pid]) == 2
+    assert not has_answered(tmp_path, pid)
+    process.communicate(b"\n", timeout=20)
+    assert has_answered(tmp_path, pid)
