@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,7 +41,6 @@ class Answer:
         self._held_start: Message | None = None  # of an error whose body may have to be put into another shape
         self._held_body = b""
         self._visible: VisibleAnswer | None = None
-        self._unpack: Any = None
 
     async def take(self, message: Message) -> None:
         """Pass on one ASGI message."""
@@ -84,7 +82,7 @@ class Answer:
         added = []
         if (plan := self._current.plan) is not None and plan.on_own_model:
             added.append((ADAPTER_HEADER, f"{plan.agent.name}@v{plan.route.adapter_version}".encode()))
-        if plan is not None and plan.turn is not None and answered:
+        if plan is not None and plan.turn is not None and not plan.over_quota and answered:
             added.append((TRACE_HEADER, plan.trace_id.encode()))
         message["headers"] = [*message.get("headers", ()), *added]
         await self._send(message)
@@ -106,9 +104,8 @@ class Answer:
             name = headers.get(b"x-litellm-model-name", b"unknown").decode("latin-1")
             self._current.plan = replace(plan, route=Route(name, BASE_VERSION))
         streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-        self._visible = VisibleAnswer(self._current.dialect, streams)
-        if headers.get(b"content-encoding") == b"gzip":
-            self._unpack = zlib.decompressobj(wbits=31)
+        packed = headers.get(b"content-encoding") == b"gzip"
+        self._visible = VisibleAnswer(self._current.dialect, streams, packed)
 
     async def _body(self, message: Message) -> None:
         current, data = self._current, message.get("body", b"")
@@ -121,7 +118,7 @@ class Answer:
         await self._send(message)
 
     def _read_along(self, visible: VisibleAnswer, data: bytes, last: bool) -> None:
-        visible.feed(data if self._unpack is None else self._unpack.decompress(data))
+        visible.feed(data)
         if last:
             visible.end()
         if last or visible.complete:

@@ -20,6 +20,7 @@ _MEMORY = Path("/dev/shm")  # Linux's file system in memory
 # Nothing leaves the machine that the owner did not configure, and LiteLLM's banner stays off the log.
 _QUIET = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOCAL_BLOG_POSTS": "True",  # a public page would fetch them from LiteLLM's site
     "LITELLM_TELEMETRY": "False",
     "DO_NOT_TRACK": "1",
 }

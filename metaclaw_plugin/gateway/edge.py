@@ -37,8 +37,7 @@ class Edge:
         dialect = dialect_of(scope["path"]) if posted else None
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         current = CurrentRequest(dialect or "chat", headers)
-        if dialect is not None:
-            scope = self._take_credentials(scope, current)
+        scope = self._take_credentials(scope, current)
         answer = Answer(current, self._gateway, send)
         asks_model = posted and is_open("POST", scope["path"])
         body = Body(receive, headers, self._bodies)

@@ -81,7 +81,7 @@ def test_law_10_neither_gateway_nor_vllm_sends_anything_home(model: Path) -> Non
     assert launch.env["VLLM_NO_USAGE_STATS"] == launch.env["VLLM_DO_NOT_TRACK"] == launch.env["DO_NOT_TRACK"] == "1"
     assert launch.env["HF_HUB_OFFLINE"] == "1"
     gateway = gateway_launch(Settings(), Path("/config/litellm_config.yaml"))
-    assert gateway.env["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
+    assert gateway.env["LITELLM_LOCAL_MODEL_COST_MAP"] == gateway.env["LITELLM_LOCAL_BLOG_POSTS"] == "True"
     assert gateway.argv[gateway.argv.index("--telemetry") + 1] == "False"
 
 
