@@ -16,7 +16,8 @@ _BY_STATUS: Mapping[tuple[int, ...], str] = {
             /.well-known/oauth-authorization-server/v1/mcp/oauth /.well-known/oauth-protected-resource
             /.well-known/oauth-protected-resource/mcp /.well-known/openid-configuration /docs/oauth2-redirect
             /fallback/login /get/ui_theme_settings /get_favicon /get_image /get_logo_url /health/liveliness
-            /health/liveness /health/readiness /litellm/.well-known/litellm-ui-config /openapi.json
+            /health/liveness /health/readiness /litellm/.well-known/litellm-ui-config /mcp/docs
+            /mcp/docs/oauth2-redirect /mcp/enabled /mcp/openapi.json /mcp/redoc /openapi.json
             /public/agent_hub /public/agents/fields /public/autorouter_presets
             /public/complexity_router/fuse_presets /public/complexity_router/scorer_defaults /public/endpoints
             /public/litellm_blog_posts /public/litellm_model_cost_map /public/mcp_hub /public/model_hub
@@ -67,11 +68,11 @@ _BY_STATUS: Mapping[tuple[int, ...], str] = {
             /.well-known/oauth-protected-resource/mcp/{mcp_server_name}
             /.well-known/oauth-protected-resource/{mcp_server_name}/mcp /.well-known/skills/index.json
             /claude_code_gateway/.well-known/oauth-authorization-server /health/drain
-            /liteadmin/slack/connect/{token} /oauth/client-metadata.json /robots.txt /sso/debug/callback
+            /liteadmin/slack/connect/{token} /mcp/mcp /oauth/client-metadata.json /robots.txt /sso/debug/callback
             /sso/debug/login /v1/mcp/registry.json /v1/skills/{skill_id}/archive /{mcp_server_name}/mcp
         POST /claude_code_gateway/oauth/device_authorization /claude_code_gateway/oauth/revoke
             /claude_code_gateway/oauth/token /claude_code_gateway/v1/messages
-            /claude_code_gateway/v1/messages/count_tokens /liteadmin/slack/connect/{token} /v3/login
+            /claude_code_gateway/v1/messages/count_tokens /liteadmin/slack/connect/{token} /mcp/mcp /v3/login
             /v3/login/exchange /{mcp_server_name}/mcp
         PUT /{mcp_server_name}/mcp
         PATCH /{mcp_server_name}/mcp
