@@ -187,3 +187,12 @@ def serve(c: sa.Connection, number: int, agent: str = "ada") -> None:
     store.record_candidate(c, version_body(number, agent))
     store.set_state(c, agent, number, VersionState.SERVING)
     store.set_route(c, agent, number)
+
+
+async def replaced(ctx: Context) -> Publisher:
+    """A publisher by which v2 serves, while v1 drains for a request that does not end."""
+    publisher = await published(ctx, 1)
+    hold(ctx, 1)
+    ctx.trainer.make(2)
+    await publisher.round()
+    return publisher

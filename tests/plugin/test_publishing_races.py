@@ -17,7 +17,7 @@ from metaclaw_plugin.store import adapters as store
 from metaclaw_plugin.store.wishes import promote, rollback
 from metaclaw_plugin.worker.publishing import Publisher
 from metaclaw_plugin.worker.verdicts import Decision
-from tests.publishing_cases import Context, context, hold, published, route, states, version, version_body
+from tests.publishing_cases import Context, context, published, replaced, route, states, version, version_body
 
 PAUSE = 0.5  # seconds; the second has this long to come between, if it can
 
@@ -79,10 +79,7 @@ async def test_a_promotion_during_a_rejection_holds(ctx: Context, monkeypatch: p
 
 
 async def test_a_rollback_during_an_acceptance_holds(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    publisher = await published(ctx, 1)
-    hold(ctx, 1)
-    ctx.trainer.make(2)
-    await publisher.round()
+    publisher = await replaced(ctx)
     made = candidate(ctx, 3)
 
     def wish() -> None:
@@ -96,10 +93,7 @@ async def test_a_rollback_during_an_acceptance_holds(ctx: Context, monkeypatch: 
 
 
 async def test_a_verdict_on_what_came_after_a_rollback_does_not_undo_it(ctx: Context) -> None:
-    publisher = await published(ctx, 1)
-    hold(ctx, 1)
-    ctx.trainer.make(2)
-    await publisher.round()
+    publisher = await replaced(ctx)
     with ctx.engine.begin() as c:
         rollback(c, "ada")
     publisher._settle(candidate(ctx, 3), GOOD, 1)  # listed meanwhile, by another publisher

@@ -20,6 +20,7 @@ from tests.publishing_cases import (
     hold,
     in_trial,
     published,
+    replaced,
     route,
     states,
     version,
@@ -63,10 +64,7 @@ async def test_rollback_finds_the_version_before_though_the_clock_was_set_back(
 
 
 async def test_rollback_to_a_version_that_still_drains_takes_effect_at_once(ctx: Context) -> None:
-    publisher = await published(ctx, 1)
-    hold(ctx, 1)
-    ctx.trainer.make(2)
-    await publisher.round()
+    await replaced(ctx)
     with ctx.engine.begin() as c:
         assert rollback(c, "ada") == "ada@v1 serves now"
     assert route(ctx) == 1
@@ -115,10 +113,7 @@ async def test_what_cannot_be_wished_is_refused_by_name(ctx: Context) -> None:
 
 
 async def test_rollback_while_a_round_is_under_way_holds_against_what_was_trained_from_it(ctx: Context) -> None:
-    publisher = await published(ctx, 1)
-    hold(ctx, 1)
-    ctx.trainer.make(2)
-    await publisher.round()
+    publisher = await replaced(ctx)
     ask = ctx.trainer.set_served
 
     async def meanwhile(*arguments: Any) -> ServedReply:
@@ -199,10 +194,7 @@ async def test_rollback_takes_back_a_promotion_though_what_served_was_trained_fr
 
 
 async def test_rollback_goes_to_what_had_the_route_before_though_it_was_decided_about_earlier(ctx: Context) -> None:
-    publisher = await published(ctx, 1)
-    hold(ctx, 1)
-    ctx.trainer.make(2)
-    await publisher.round()
+    publisher = await replaced(ctx)
     with ctx.engine.begin() as c:
         assert promote(c, "ada", 1) == "ada@v1 serves now"
     ctx.trainer.make(3, parent=1)
