@@ -66,7 +66,7 @@ class Lane:
         future.add_done_callback(self._came_back)
 
     def close(self) -> None:
-        """Let idle threads and the event loop end; calls that hang are left behind."""
+        """Let threads and the event loop end as soon as their calls have; calls that hang are left behind."""
         with self._lock:
             for _ in range(self._threads):
                 self._jobs.put(None)
@@ -118,10 +118,11 @@ class _LoopThread:
         self._on_end = on_end
         self._answered = threading.Event()
         self._probed_at: float | None = None
+        self._calls: set[asyncio.Task[Any]] = set()
         threading.Thread(target=self._run, name=f"metaclaw-loop-{name}", daemon=True).start()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(_guard(coroutine), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._call(coroutine), self._loop)
 
     def probe(self) -> None:
         """Ask the loop for a sign of life."""
@@ -140,15 +141,34 @@ class _LoopThread:
         return time.monotonic() - self._probed_at > PROBE_GRACE
 
     def stop(self) -> None:
+        """Take no more calls; the loop ends with the last of those under way."""
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await _guard(coroutine)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(self._last_calls())
         finally:
             self._loop.close()
             self._on_end(self)
+
+    async def _last_calls(self) -> None:
+        """Wait for the calls under way, which their callers cancel in time, and end what hooks left running."""
+        while self._calls:
+            await asyncio.wait(set(self._calls))
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=PROBE_GRACE)
 
 
 async def _await(result: Any) -> Any:

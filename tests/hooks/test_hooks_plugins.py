@@ -121,6 +121,39 @@ async def test_a_coroutine_that_blocks_its_loop_holds_up_no_other_plugin(tmp_pat
     assert await score(plugins) == {"other": 0.5}
 
 
+async def test_a_call_under_way_outlives_a_change_of_its_file(tmp_path: Path) -> None:
+    slow = "import asyncio\nasync def score_trace(trace):\n    await asyncio.sleep(0.5)\n    return {}\n"
+    write(tmp_path / "slow.py", slow.format(0.25))
+    plugins = load(tmp_path, timeout=20)
+    before = asyncio.create_task(score(plugins))
+    await asyncio.sleep(0.1)
+    write(tmp_path / "slow.py", slow.format("0.75  # changed"))
+    assert plugins.refresh()
+    assert await score(plugins) == {"slow": 0.75}
+    assert await asyncio.wait_for(before, 10) == {"slow": 0.25}
+
+
+async def test_a_dropped_plugin_leaves_no_task_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A task that the collector finds pending would be reported, with a traceback, inside whatever runs just then."""
+    path = write(
+        tmp_path / "spawns.py",
+        "import asyncio\nkept = []\nasync def score_trace(trace):\n"
+        "    kept.append(asyncio.ensure_future(asyncio.sleep(600)))\n    await asyncio.sleep(600)\n",
+    )
+    plugins = load(tmp_path, timeout=0.2)
+    calls = [asyncio.create_task(score(plugins)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    path.unlink()
+    assert plugins.refresh()
+    assert await asyncio.gather(*calls) == [{}, {}, {}]
+    deadline = time.monotonic() + 10
+    while any(thread.name == "metaclaw-loop-spawns" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the loop of a plugin that is gone does not end"
+        await asyncio.sleep(0.02)
+    gc.collect()
+    assert "pending" not in caplog.text
+
+
 def test_a_hanging_hook_does_not_keep_the_process_alive() -> None:
     plugins = load(timeout=0.05, hangs=type("H", (), {"score_trace": hookimpl(lambda self, trace: time.sleep(60))})())
     trace = make_trace()
