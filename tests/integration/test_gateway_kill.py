@@ -25,7 +25,7 @@ from tests.replay_upstream import ReplayUpstream, Script
 
 pytestmark = [pytest.mark.gateway, pytest.mark.law(3)]
 
-KILLS = int(os.environ.get("METACLAW_TEST_KILLS", "3"))  # 50 take a quarter of an hour
+KILLS = int(os.environ.get("METACLAW_TEST_KILLS", "2"))  # 50 take a quarter of an hour
 HELD = 5  # streams that are open when it is told to stop; fewer than the upstream has threads
 BEGUN = 3  # pieces of each that it has had by then
 SEED = int(os.environ.get("METACLAW_TEST_SEED", "20261122"))
