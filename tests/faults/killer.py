@@ -55,10 +55,7 @@ class Killer:
             if not pids:
                 return  # all of them are starting
             pid, now = self.chance.choice(pids), time.monotonic()
-            held = points.connections_of(pid, self.stage.settings.gateway.port)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            self._excuse(pid, now, number, held)
+            self._end_gateway_worker(pid, now, number)
         elif pid := self.stage.pid(name):
             with contextlib.suppress(ProcessLookupError):  # it ended a moment ago and will be started again
                 os.kill(pid, number)
@@ -66,7 +63,8 @@ class Killer:
 
     async def kill_at(self, point: str, number: signal.Signals) -> bool:
         """Let whoever passes ``point`` next get the signal; False if nobody did."""
-        points.arm(self.stage.folder, point, number)
+        stands = point in points.GATEWAY_POINTS  # until its connections are counted
+        points.arm(self.stage.folder, point, signal.SIGSTOP if stands else number)
         deadline = time.monotonic() + PASSED
         while (done := points.fired(self.stage.folder, point)) is None:
             if time.monotonic() > deadline or self.ended.is_set():
@@ -74,8 +72,8 @@ class Killer:
                     return False
                 deadline += 1.0
             await asyncio.sleep(0.02)
-        if point in points.GATEWAY_POINTS:
-            self._excuse(done.pid, done.at, number, done.held)
+        if stands:
+            self._end_gateway_worker(done.pid, done.at, number)
         self.kills[f"{role_of(point)} {number.name}"] += 1
         self.at_points[point] += 1
         return True
@@ -101,13 +99,14 @@ class Killer:
         both = len(pids) == self.stage.settings.gateway.workers
         return both and all(has_answered(self.stage.metrics_folder, pid) for pid in pids)
 
-    def _excuse(self, pid: int, at: float, number: signal.Signals, held: int) -> None:
-        """What the worker ``pid`` had in flight may fail from ``at`` until it is gone.
+    def _end_gateway_worker(self, pid: int, at: float, number: signal.Signals) -> None:
+        """Send it the signal. What it had in flight may fail from ``at`` until it is gone.
 
-        Killed, it can fail no more requests than it ``held`` connections, and one or two that came meanwhile. Told to
-        stop, it ends what it has begun; a connection that it has taken and not read from yet is closed, which happens
-        to a client once at most, since it takes no more.
+        Killed, it can fail no more requests than it held connections. Told to stop, it ends what it has begun; a
+        connection that it has taken and not read from yet is closed, which happens to a client once at most, since it
+        takes no more.
         """
+        held = points.end_frozen(pid, number, self.stage.settings.gateway.port)
         killed = number is signal.SIGKILL
         if killed:
             self.ended_workers.append(pid)
@@ -120,7 +119,7 @@ class Killer:
             with contextlib.suppress(psutil.Error):  # gone between two looks
                 await watch()
             why = "gateway worker killed" if killed else "gateway worker told to stop"
-            allows, most = (KILLED, held + 2) if killed else (STOPPED, self.clients.count)
+            allows, most = (KILLED, held) if killed else (STOPPED, self.clients.count)
             self.excuses.append(Excuse(why, at - 0.05, time.monotonic() + SLACK, allows, most))
 
         task = asyncio.create_task(excuse())

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 FOLDER_ENV = "METACLAW_TEST_FAULTS"  # where orders lie, for processes that are started rather than forked
+FREEZES = 5.0  # seconds within which a process that is told to stand still does
 LOOK = 0.1  # seconds between looks at how far the clock is off
 
 # point -> module, attribute, and whether a process dies before or after it. A name that a module imported is patched
@@ -77,7 +78,6 @@ class Fired:
 
     pid: int
     at: float  # monotonic, which is the same clock in every process
-    held: int  # connections of clients that it had, if it is of the gateway
 
 
 def install(folder: Path, role: str, names: tuple[str, ...]) -> None:
@@ -109,10 +109,10 @@ def disarm(folder: Path, name: str) -> bool:
 def fired(folder: Path, name: str) -> Fired | None:
     """Who carried out the order, if it was."""
     try:
-        pid, at, held = (folder / "fired" / name).read_text(encoding="ascii").split()
+        pid, at = (folder / "fired" / name).read_text(encoding="ascii").split()
     except (FileNotFoundError, ValueError):
         return None
-    return Fired(int(pid), float(at), int(held))
+    return Fired(int(pid), float(at))
 
 
 def set_clock(folder: Path, role: str, seconds: float) -> None:
@@ -169,20 +169,39 @@ def _pass(folder: Path, name: str) -> None:
     except OSError:
         return  # nobody asked for it, or another process was first
     number = int(taken.read_text(encoding="ascii"))
-    held = connections_of(os.getpid()) if name in GATEWAY_POINTS else 0
-    taken.write_text(f"{os.getpid()} {time.monotonic()} {held}", encoding="ascii")
+    taken.write_text(f"{os.getpid()} {time.monotonic()}", encoding="ascii")
     taken.rename(folder / "fired" / name)
     os.kill(os.getpid(), number)
 
 
-def connections_of(pid: int, port: int | None = None) -> int:
-    """Open connections that ``pid`` has taken at ``port``; None: at the port that it listens on. 0 if it has ended."""
+def end_frozen(pid: int, number: signal.Signals, port: int) -> int:
+    """Send ``number`` to ``pid`` while it stands still; the connections to ``port`` that it held then.
+
+    One that runs takes further connections between the count and the signal. 0 if it has ended already.
+    """
+    try:
+        process = psutil.Process(pid)
+        process.suspend()
+        deadline = time.monotonic() + FREEZES
+        while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"process {pid} runs {FREEZES:g} s after it was told to stand still")
+            time.sleep(0.001)
+        held = connections_of(pid, port)
+        process.send_signal(number)
+        process.resume()
+    except psutil.NoSuchProcess:
+        return 0
+    return held
+
+
+def connections_of(pid: int, port: int) -> int:
+    """Open connections that ``pid`` has taken at ``port``. 0 if it has ended."""
     try:
         sockets = psutil.Process(pid).net_connections("tcp")
     except psutil.Error:
         return 0
-    ports = {one.laddr.port for one in sockets if one.status == psutil.CONN_LISTEN} if port is None else {port}
-    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port in ports for one in sockets)
+    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
 
 
 def _bend_clock(file: Path) -> None:

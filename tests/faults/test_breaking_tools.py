@@ -174,14 +174,30 @@ async def test_a_question_is_refused_its_answer_when_its_wire_is_refused() -> No
     server.close()
 
 
-def test_the_connections_that_a_process_has_taken_are_counted() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = server.getsockname()
-        pairs = [(socket.create_connection(address), server.accept()[0]) for _ in range(3)]
-        assert points.connections_of(os.getpid(), address[1]) == 3
-        for pair in pairs:
-            for end in pair:
-                end.close()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_is_ended_with_its_connections_counted(number: signal.Signals) -> None:
+    taking = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    taken = []
+    while True:
+        taken.append(server.accept())
+        print("taken", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", taking], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
+    clients = []
+    for _ in range(3):
+        clients.append(socket.create_connection(("127.0.0.1", port)))
+        assert process.stdout.readline() == "taken\n"
+    assert points.end_frozen(process.pid, number, port) == 3
+    assert process.wait(10) == -number
+    assert points.end_frozen(process.pid, number, port) == 0
+    process.stdout.close()
+    for client in clients:
+        client.close()
 
 
 def test_a_gateway_worker_is_up_once_it_has_stored_an_answer(tmp_path: Path) -> None:
