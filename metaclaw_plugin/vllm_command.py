@@ -18,6 +18,8 @@ from metaclaw_plugin.supervisor.plan import trains
 from metaclaw_plugin.vllm_adapters import FOLDER_ENV, KEY_ENV, URL_ENV
 
 BESIDE_TRAINER = 0.5  # of a GPU's memory, when the trainer is on it as well
+# Seconds: more than LiteLLM keeps an idle connection (120), or it would use one that vLLM is closing.
+KEEP_ALIVE = 150
 BASE_NAME = "metaclaw-base"  # the name under which vLLM serves the base model
 
 
@@ -104,6 +106,7 @@ def _environment(settings: Settings, model: str, cpu: bool) -> dict[str, str]:
     vllm = settings.vllm
     env = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "DO_NOT_TRACK": "1",

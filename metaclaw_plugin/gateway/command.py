@@ -15,6 +15,7 @@ from metaclaw_plugin.settings import CONFIG_ENV, HOME_ENV, Settings
 
 METRICS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # where the workers' counters meet
 MASTER_KEY_ENV = "LITELLM_MASTER_KEY"
+KEEP_ALIVE = 75  # seconds: more than clients keep an idle connection, or they would use one that is being closed
 _MEMORY = Path("/dev/shm")  # Linux's file system in memory
 
 # Nothing leaves the machine that the owner did not configure, and LiteLLM's banner stays off the log.
@@ -31,6 +32,7 @@ def gateway_command(settings: Settings, config_path: Path) -> tuple[list[str], M
     gateway = settings.gateway
     argv = [sys.executable, "-m", "litellm.proxy.proxy_cli", "--config", str(config_path)]
     argv += ["--host", gateway.host, "--port", str(gateway.port), "--telemetry", "False"]
+    argv += ["--keepalive_timeout", str(KEEP_ALIVE)]
     if gateway.workers > 1:
         # Several workers start slowly on a busy machine; without this LiteLLM kills them while they do.
         argv += ["--num_workers", str(gateway.workers), "--timeout_worker_healthcheck", "120"]

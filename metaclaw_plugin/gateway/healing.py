@@ -1,12 +1,14 @@
 """When vLLM has forgotten an adapter: load it again and ask once more; if that fails, another version answers.
 
 vLLM forgets all adapters when it restarts; the trainer brings them back within seconds, but no request shall fail in
-between. This transport sits next to the network, so LiteLLM and the tap see only the answer that came in the end.
+between. Nor shall one fail because the server closed an idle connection in the moment in which it was used again. This
+transport sits next to the network, so LiteLLM and the tap see only the answer that came in the end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from metaclaw_plugin.store.schema import sessions
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT = 10.0  # seconds
+_CLOSED = (errno.ECONNRESET, errno.EPIPE)  # what writing to a connection says that the other end has closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class _Asked:
 
 
 class HealingTransport(httpx.AsyncBaseTransport):
-    """Passes requests to ``inner``; one that fails for want of an adapter is helped.
+    """Passes requests to ``inner``; one that fails for want of an adapter, or by a closed connection, is helped.
 
     ``count(name, agent, n)`` counts ``adapters_reloaded`` and ``adapter_fallbacks``.
     """
@@ -60,7 +63,7 @@ class HealingTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         content = await request.aread()
-        response = await self._inner.handle_async_request(request)
+        response = await self._ask(request, content)
         if response.status_code != 404 or (asked := _asked(content)) is None:
             return response
         body = await response.aread()
@@ -79,6 +82,16 @@ class HealingTransport(httpx.AsyncBaseTransport):
                 return answer
             await answer.aclose()
         return response
+
+    async def _ask(self, request: httpx.Request, content: bytes) -> httpx.Response:
+        """The answer of ``inner``; asked once more if the connection ends before the answer begins."""
+        try:
+            return await self._inner.handle_async_request(request)
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            if not _was_closed(error):
+                raise
+            logger.warning("vLLM closed a connection before it answered; it is asked once more")
+        return await self._inner.handle_async_request(_again(request, content))
 
     async def aclose(self) -> None:
         """Left open on purpose: LiteLLM closes clients that share this transport."""
@@ -165,6 +178,11 @@ class HealingTransport(httpx.AsyncBaseTransport):
                 pinned = sa.and_(sessions.c.id == session, sessions.c.adapter_version == asked.number)
                 c.execute(sessions.update().where(pinned).values(adapter_version=version))
             return self._in_flight.begin(c, asked.agent, version)
+
+
+def _was_closed(error: httpx.TransportError) -> bool:
+    """Whether there was a connection; LiteLLM's transport calls it a failure to connect when writing fails, too."""
+    return not isinstance(error, httpx.ConnectError) or getattr(error.__cause__, "errno", None) in _CLOSED
 
 
 def _asked(content: bytes) -> _Asked | None:

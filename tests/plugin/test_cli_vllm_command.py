@@ -8,7 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from litellm.constants import AIOHTTP_KEEPALIVE_TIMEOUT
+from metaclaw_trainer.process import KEEP_ALIVE
 
 from metaclaw_plugin.errors import ConfigError
 from metaclaw_plugin.launch import check_model
@@ -83,6 +86,16 @@ def test_law_10_neither_gateway_nor_vllm_sends_anything_home(model: Path) -> Non
     gateway = gateway_launch(Settings(), Path("/config/litellm_config.yaml"))
     assert gateway.env["LITELLM_LOCAL_MODEL_COST_MAP"] == gateway.env["LITELLM_LOCAL_BLOG_POSTS"] == "True"
     assert gateway.argv[gateway.argv.index("--telemetry") + 1] == "False"
+
+
+def test_idle_connections_are_closed_by_those_who_use_them_and_not_by_the_server(model: Path) -> None:
+    served = vllm_command(Settings(base_model=str(model)), cpu=True).env
+    assert int(served["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > AIOHTTP_KEEPALIVE_TIMEOUT
+    argv = gateway_launch(Settings(), Path("/config/litellm_config.yaml")).argv
+    kept_by_clients = httpx.Limits().keepalive_expiry
+    assert kept_by_clients is not None
+    assert float(argv[argv.index("--keepalive_timeout") + 1]) > kept_by_clients
+    assert kept_by_clients < KEEP_ALIVE
 
 
 def test_a_gpu_gets_its_devices_and_no_cpu_settings(model: Path) -> None:

@@ -37,6 +37,8 @@ from metaclaw_trainer.vllm_client import VllmClient
 log = logging.getLogger(__name__)
 
 TRAINER_HOOKS = ("accept_sample", "compute_advantages", "register_losses", "after_step")
+# Seconds: more than our clients keep an idle connection (5), or they would use one that is being closed.
+KEEP_ALIVE = 30
 STOP_SECONDS = 20.0  # for a running step to end by itself
 
 
@@ -107,6 +109,7 @@ def serve(settings: TrainerSettings, listener: socket.socket) -> int:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=3,
+            timeout_keep_alive=KEEP_ALIVE,
             server_header=False,
         )
         host, port = listener.getsockname()[:2]
