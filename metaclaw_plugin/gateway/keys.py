@@ -67,10 +67,6 @@ class KeyCache:
         self._asking = Asking("keys")
         self._silent_until = -math.inf
 
-    def peek(self, secret: str) -> KeyIdentity | None:
-        """What is known and fresh; never asks the store."""
-        return self._memory.get(hash_key(secret), FRESH)
-
     async def look_up(self, secret: str) -> KeyIdentity | None:
         """What is known and fresh, else what the store says; ``None``: unknown or revoked.
 
